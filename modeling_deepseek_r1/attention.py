@@ -1,0 +1,119 @@
+"""Multi-head Latent Attention and the registry of attention kinds."""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .norms import DeepSeekR1RMSNorm
+from .rotary import rotate, softmax_scale
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain attention, the reference for the other backends; softmax in fp32.
+
+    Shapes (B batch, H heads, Q queries, S keys): query (B, H, Q, d), key (B, H, S, d), value (B, H, S, v), additive
+    mask broadcastable to (B, H, Q, S) or None -> output (B, Q, H, v), weights (B, H, Q, S).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DeepSeekR1LatentAttention(nn.Module):
+    """Attention whose keys and values are expanded from one cached latent per token.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), Sec. 2.1.2-2.1.3; DeepSeek-V3 (arXiv:2412.19437), Eqs. 1-11.
+
+    Shapes (B batch, S new tokens, T all tokens, H heads, D hidden_size):
+        hidden_states (B, S, D), position_embeddings two of (B, S, R / 2) -> output (B, S, D), weights or None.
+        Cache, as the library's own class stores it: latent (B, 1, T, kv_lora_rank) as key, rotary key
+        (B, 1, T, qk_rope_head_dim) as value.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        self.attention_dropout = config.attention_dropout or 0.0
+        self.scaling = softmax_scale(config)
+        heads, bias = config.num_attention_heads, config.attention_bias
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, self.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepSeekR1RMSNorm(self.q_lora_rank)  # eps fixed at 1e-6 in released code
+            self.q_b_proj = nn.Linear(self.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias
+        )
+        self.kv_a_layernorm = DeepSeekR1RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
+
+    def project_queries(self, hidden_states):
+        """(B, S, D) -> (B, H, S, nope + rope); Eqs. 6-9 without the rotation."""
+        if self.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        return queries.unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2)
+
+    def compress(self, hidden_states):
+        """(B, S, D) -> latent (B, 1, S, kv_lora_rank) of Eq. 1 and unrotated key (B, 1, S, R) of Eq. 3."""
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
+        )
+        return self.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
+
+    def expand(self, latent, key_rope):
+        """Cached (B, 1, T, r) and (B, 1, T, R) -> keys (B, H, T, nope + rope), values (B, H, T, v); Eqs. 2, 4, 5."""
+        expanded = self.kv_b_proj(latent.squeeze(1))
+        expanded = expanded.unflatten(-1, (-1, self.config.qk_nope_head_dim + self.config.v_head_dim)).transpose(1, 2)
+        key_nope, values = expanded.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1)
+        keys = torch.cat((key_nope, key_rope.to(key_nope.dtype).expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
+        return keys, values
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
+        query_nope, query_rope = self.project_queries(hidden_states).split(
+            (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1
+        )
+        query_rope = rotate(query_rope, cos, sin, self.config.rope_interleave)
+        queries = torch.cat((query_nope, query_rope.to(query_nope.dtype)), dim=-1)
+
+        latent, key_rope = self.compress(hidden_states)
+        key_rope = rotate(key_rope, cos, sin, self.config.rope_interleave)
+        if past_key_values is not None:
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        keys, values = self.expand(latent, key_rope)
+
+        implementation = self.config._attn_implementation
+        # On a CPU, torch's fused kernel takes values only as wide as keys, and falls back to one 2 x slower.
+        pad = implementation == "sdpa" and values.device.type == "cpu" and queries.shape[2] > 1
+        missing_width = self.config.qk_head_dim - self.config.v_head_dim if pad else 0
+        values = nn.functional.pad(values, (0, missing_width)) if missing_width > 0 else values
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output[..., : self.config.v_head_dim] if missing_width > 0 else output
+        return self.o_proj(output.flatten(2)), weights
+
+
+# Every entry: `__init__(config, layer_idx)` and the `forward` above. Keys are the names of `config.attention_types`.
+ATTENTIONS = {"latent": DeepSeekR1LatentAttention}

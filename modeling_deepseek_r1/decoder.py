@@ -1,0 +1,50 @@
+"""One decoder layer: attention and feed-forward, each normalised before and added to the residual stream."""
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import ATTENTIONS
+from .moe import DeepSeekR1MLP, DeepSeekR1MoE
+from .norms import DeepSeekR1RMSNorm, DropPath
+
+
+class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block. Source: DeepSeek-V3 (arXiv:2412.19437), Fig. 2.
+
+    Shapes: hidden_states (B, S, D), position_embeddings two of (B, S, R / 2), attention_mask as the attention
+    implementation wants it, token_mask (B, S) bool and segment_ids (B, S) int64 for the router -> (B, S, D).
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        kinds = config.attention_types or ["latent"] * config.num_hidden_layers
+        # An MTP layer (index past the last) is built like the last decoder layer.
+        kind = kinds[min(layer_idx, config.num_hidden_layers - 1)]
+        self.self_attn = ATTENTIONS[kind](config, layer_idx)
+        self.mlp = DeepSeekR1MoE(config) if config.is_moe_layer(layer_idx) else DeepSeekR1MLP(config)
+        self.input_layernorm = DeepSeekR1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DeepSeekR1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        depth = min(layer_idx / max(config.num_hidden_layers - 1, 1), 1.0)
+        # Both regularisers act on a sub-layer's output before it joins the residual stream.
+        self.branch = nn.Sequential(nn.Dropout(config.hidden_dropout), DropPath(config.drop_path_rate * depth))
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        token_mask=None,
+        segment_ids=None,
+        **kwargs,
+    ):
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.branch(attended)
+        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, segment_ids)
+        return hidden_states + self.branch(fed_forward)

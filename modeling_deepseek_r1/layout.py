@@ -1,0 +1,157 @@
+"""The released checkpoint layout: how a model's own keys become those on disk, and back.
+
+On disk every expert has its own matrices (`mlp.experts.7.gate_proj.weight`), in the model they are one tensor; and a
+multi-token-prediction layer holds copies of the embedding and of the output head.
+"""
+
+import re
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+CLASS_NAMES = (
+    "DeepSeekR1Model",
+    "DeepSeekR1ForCausalLM",
+    "DeepSeekR1ForSequenceClassification",
+    "DeepSeekR1ForTokenClassification",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_deepseek_r1.DeepSeekR1Config",
+    "AutoModel": "modeling_deepseek_r1.DeepSeekR1Model",
+    "AutoModelForCausalLM": "modeling_deepseek_r1.DeepSeekR1ForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_deepseek_r1.DeepSeekR1ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_deepseek_r1.DeepSeekR1ForTokenClassification",
+}
+# The names under which an MTP layer stores its copies, and where the model holds the original.
+MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+HEAD_KEYS = ("score.weight", "score.bias")
+
+
+def weight_converters():
+    """Fuses per-expert matrices on load; the library reverses it on save."""
+    return [
+        WeightConverter(
+            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            "mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]
+        ),
+    ]
+
+
+def register_checkpoint_layout():
+    """Makes the library convert the checkpoints of our classes. By class name too: a config that was read from a
+    deepseek_v3 file may reach the library under that model type."""
+    for name in ("deepseek_r1", *CLASS_NAMES):
+        register_checkpoint_conversion_mapping(name, weight_converters(), overwrite=True)
+
+
+EXPERT_KEY = re.compile(r"(\d+)\.(gate|up|down)_proj\.weight")
+
+
+@torch.no_grad()
+def fuse_expert_keys(module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    """Load-state-dict pre-hook of the experts: takes per-expert keys, as `save_pretrained` wrote them.
+
+    Trainers resume with a plain `load_state_dict`, which would pass over those keys and leave the experts as they
+    were. Each matrix is copied to its place at once, so that experts may be spread over several shards.
+    """
+    found = {}
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        if match := EXPERT_KEY.fullmatch(key[len(prefix) :]):
+            found[int(match[1]), match[2]] = state_dict.pop(key)
+    if not found:
+        return
+    gate_up, down, inner = module.gate_up_proj, module.down_proj, module.intermediate_dim
+    places = {"gate": lambda e: gate_up[e, :inner], "up": lambda e: gate_up[e, inner:], "down": lambda e: down[e]}
+    for (expert, kind), value in found.items():
+        if expert >= module.num_experts:
+            unexpected_keys.append(f"{prefix}{expert}.{kind}_proj.weight")
+            continue
+        place = places[kind](expert)
+        if place.shape != value.shape:
+            error_msgs.append(
+                f"size mismatch for {prefix}{expert}.{kind}_proj.weight: the checkpoint has {tuple(value.shape)}, "
+                f"the model {tuple(place.shape)}"
+            )
+            continue
+        place.copy_(value)
+    for expert in range(module.num_experts):
+        missing_keys.extend(f"{prefix}{expert}.{k}_proj.weight" for k in places if (expert, k) not in found)
+    state_dict[prefix + "gate_up_proj"], state_dict[prefix + "down_proj"] = gate_up, down
+
+
+def drop_mtp_copies(module, state_dict, prefix, *_):
+    """Load-state-dict pre-hook of an MTP layer: the copies are not loaded, the model shares the originals."""
+    for name in MTP_COPIES:
+        state_dict.pop(prefix + name, None)
+
+
+def wrong_checkpoint(missing, mtp_prefixes, path):
+    """The error for a checkpoint that lacks weights; names the way out where only MTP layers are absent."""
+    shown = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    message = f"{path} lacks {len(missing)} weights that the model needs: {shown}."
+    if mtp_prefixes and all(any(key.startswith(p) for p in mtp_prefixes) for key in missing):
+        return ValueError(
+            f"{message} They are the multi-token-prediction layers; load with num_nextn_predict_layers=0 "
+            "to go without them."
+        )
+    return ValueError(f"{message} Check that the folder is complete and that its config.json belongs to it.")
+
+
+class CheckpointLayoutMixin:
+    """Loading and saving in the released layout, for `DeepSeekR1PreTrainedModel`."""
+
+    def post_init(self):
+        config = self.config
+        last, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+        own_mtp = len(getattr(self, "layers", [])) > last or hasattr(self, "lm_head")
+        copies = "|".join(re.escape(name) for name in MTP_COPIES)
+        # Copies that are not read, and (for heads without them) whole MTP layers.
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"(^|\.)layers\.{index}\." + (f"({copies})$" if own_mtp else "") for index in range(last, last + depth)
+        ]
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but a checkpoint that lacks weights is an error, not a warning.
+
+        Only a freshly declared task head (`score`) may be absent; the library then logs that it is new.
+        Raises ValueError naming the missing weights; where they are MTP layers, naming `num_nextn_predict_layers=0`.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = {key for key in info["missing_keys"] if key not in HEAD_KEYS}
+        if missing and pretrained_model_name_or_path is not None:
+            last, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+            prefixes = [f"model.layers.{index}." for index in range(last, last + depth)]
+            raise wrong_checkpoint(missing, prefixes, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+    def mtp_copies(self):
+        """{key on disk: tensor} of the embedding and head under each MTP layer's names; clones, because the library
+        writes a tensor that appears under two names only once."""
+        config = self.config
+        if not hasattr(self, "lm_head"):
+            return {}
+        copies = {}
+        for index in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+            for name, original in MTP_COPIES.items():
+                copies[f"model.layers.{index}.{name}"] = self.get_parameter(original).detach().clone()
+        return copies
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, save_original_format=True, **kwargs):
+        """As in transformers, in the released layout: per-expert matrices, MTP copies, our code and `auto_map`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        if save_original_format and not adapter_only and self.config.num_nextn_predict_layers:
+            state_dict = self.state_dict() if state_dict is None else dict(state_dict)
+            state_dict.update(self.mtp_copies())
+        return super().save_pretrained(
+            save_directory, *args, state_dict=state_dict, save_original_format=save_original_format, **kwargs
+        )

@@ -1,0 +1,496 @@
+"""The DeepSeek-R1 model and its heads for transformers: language modelling, sequence and token classification."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import DeepSeekR1LatentAttention
+from .configuration_deepseek_r1 import DeepSeekR1Config
+from .decoder import DeepSeekR1DecoderLayer
+from .experts import DeepSeekR1Experts
+from .layout import CheckpointLayoutMixin, register_checkpoint_layout
+from .losses import linear_cross_entropy
+from .mtp import DeepSeekR1MTPLayer, document_ids, shift_left, shifted_labels
+from .norms import DeepSeekR1RMSNorm
+from .rotary import DeepSeekR1RotaryEmbedding
+from .routing import DeepSeekR1Router, update_expert_bias
+
+
+class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
+    """What every DeepSeek-R1 class shares: initialisation, checkpoint layout, expert balancing."""
+
+    config: DeepSeekR1Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepSeekR1DecoderLayer", "DeepSeekR1MTPLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The library looks for both interfaces in this file's source; they live in attention.py and experts.py.
+    _can_set_attn_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_record_outputs = {
+        "hidden_states": DeepSeekR1DecoderLayer,
+        "attentions": OutputRecorder(DeepSeekR1LatentAttention, index=1),
+        "router_logits": OutputRecorder(DeepSeekR1Router, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepSeekR1Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.load_counts)
+            init.ones_(module.balance_loss_scale)
+            if module.has_bias:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepSeekR1Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+    def post_init(self):
+        super().post_init()
+        # DDP copies rank 0's buffers to all ranks at each forward; every rank must keep the counts of its own tokens.
+        counts = [name for name, _ in self.named_buffers() if name.endswith("load_counts")]
+        self._ddp_params_and_buffers_to_ignore = counts
+
+    @property
+    def routers(self):
+        """{index of the layer: its router} in order; MTP layers follow the decoder layers."""
+        layers = getattr(self, self.base_model_prefix, self).layers
+        return {i: layer.mlp.gate for i, layer in enumerate(layers) if hasattr(layer.mlp, "gate")}
+
+    @property
+    def balance_loss_scale(self):
+        """Factor on the gradient of the routers' own losses, which bypass the trainer's loss.
+
+        1.0 is right for a bare loop without accumulation or loss scaling. Otherwise set it before each step to
+        loss scale / micro-batches in the step, as `ExpertBalanceCallback` does.
+        """
+        return next((float(router.balance_loss_scale) for router in self.routers.values()), 1.0)
+
+    @balance_loss_scale.setter
+    def balance_loss_scale(self, value):
+        for router in self.routers.values():
+            router.balance_loss_scale.fill_(value)
+
+    def update_expert_bias(self, group=None):
+        """Moves every routing bias one step towards even load; call once after each optimizer step.
+
+        Uses the tokens counted since the last call, summed over the processes of `group` (None: all). The load is kept
+        for `expert_load`. Source: DeepSeek-V3 (arXiv:2412.19437), Sec. 2.1.2. Returns: see `expert_load`.
+        """
+        routers = self.routers
+        if not routers:
+            return {}
+        loads = update_expert_bias(list(routers.values()), self.config.bias_update_speed, group)
+        self._expert_load = dict(zip(routers, loads.cpu()))
+        return self._expert_load
+
+    def discard_expert_counts(self):
+        """Forgets the tokens counted since the last update, for an optimizer step that was skipped."""
+        for router in self.routers.values():
+            router.load_counts.zero_()
+
+    @property
+    def expert_load(self):
+        """{layer index: (E,) int64 tokens that each expert was given in the last optimizer step, all processes}."""
+        return getattr(self, "_expert_load", {})
+
+    def expert_load_max_over_mean(self):
+        """{layer index: largest over mean expert load of the last optimizer step}; 1.0 is perfectly even."""
+        return {
+            layer: float(load.max() * load.numel() / load.sum()) for layer, load in self.expert_load.items() if load.any()
+        }
+
+
+class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
+    """Embedding, decoder layers and final norm.
+
+    With `mtp_layers` > 0, `layers` also holds that many multi-token-prediction layers after the decoder layers, as
+    released checkpoints number them; this class's own `forward` does not run them.
+
+    Attributes:
+        balance_per_document: for the balance loss, each document of a padding-free row is a sequence of its own
+            (found where positions start again); else a row is one sequence, as in pretraining.
+    """
+
+    def __init__(self, config, mtp_layers=0):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.balance_per_document = False
+        self.gradient_checkpointing = False
+        last = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [DeepSeekR1DecoderLayer(config, i) for i in range(last)]
+            + [DeepSeekR1MTPLayer(config, i) for i in range(last, last + mtp_layers)]
+        )
+        self.norm = DeepSeekR1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DeepSeekR1RotaryEmbedding(config)
+        self.post_init()
+
+    @property
+    def mtp_layers(self):
+        return self.layers[self.config.num_hidden_layers :]
+
+    def layer_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values=None):
+        """The keyword arguments that all layers share: positions, masks, and what the routers need in training.
+
+        Shapes: inputs_embeds (B, S, D); attention_mask (B, T) with 0 for padding, an already made mask, or None;
+        position_ids (B or 1, S) or None.
+        """
+        rows, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + seen
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        token_mask = segment_ids = None
+        if self.training and torch.is_grad_enabled():
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+                token_mask = attention_mask[:, -length:].bool()
+            if self.balance_per_document:
+                segment_ids = document_ids(position_ids).expand(rows, length)
+        return {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "position_ids": position_ids,
+            "attention_mask": causal_mask,
+            "token_mask": token_mask,
+            "segment_ids": segment_ids,
+        }
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """input_ids (B, S) int64 or inputs_embeds (B, S, D) -> `last_hidden_state` (B, S, D) after the final norm.
+
+        Documents packed in one row (positions that start again, no attention mask, no cache) do not see each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        training = self.training and torch.is_grad_enabled()
+        if use_cache and past_key_values is None and not training:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        shared = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+@dataclass
+class DeepSeekR1CausalLMOutput(MoeCausalLMOutputWithPast):
+    """
+    Beside the library's fields (`loss` in nats, `logits`, `past_key_values`, `hidden_states`, `attentions`,
+    `router_logits`):
+
+        mtp_loss: () mean over the prediction depths of their cross-entropy, before `mtp_loss_coef`; in training.
+        token_losses: (B, S) float32, entry i the cross-entropy in nats of predicting token i + 1, 0 where there is no
+            label; with `return_token_losses=True`.
+    """
+
+    mtp_loss: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+
+
+class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
+    """The language model, with its multi-token-prediction layers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.model = DeepSeekR1Model(config, mtp_layers=config.num_nextn_predict_layers)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def freeze_mtp(self):
+        """Takes the multi-token-prediction layers out of training; their loss is then not computed."""
+        self.model.mtp_layers.requires_grad_(False)
+
+    @property
+    def trains_mtp(self):
+        """Whether a training step includes the multi-token-prediction loss."""
+        layers = self.model.mtp_layers
+        return bool(self.config.mtp_loss_coef) and len(layers) > 0 and layers[0].eh_proj.weight.requires_grad
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        skip_logits=None,
+        return_token_losses=False,
+        **kwargs,
+    ):
+        """Language modelling; see `DeepSeekR1Model.forward` for the inputs it shares.
+
+        Args:
+            labels: (B, S) int64, aligned with `input_ids` (position i is trained to give labels[i + 1]); -100 is
+                ignored, and so is whatever lies in another document of a packed row.
+            logits_to_keep: make logits of the last n positions only (or of these indices); 0: of all.
+            num_items_in_batch: tokens that the summed loss is divided by, as trainers pass it under gradient
+                accumulation; None: the labels in this batch.
+            skip_logits: make no logits; None: skip them in training when labels are given, where the loss is computed
+                without ever holding (tokens, vocabulary).
+            return_token_losses: also return `token_losses`.
+        In training, `loss` includes label smoothing and `mtp_loss_coef * mtp_loss` (V3, Eq. 25).
+        """
+        if labels is not None and past_key_values is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        loss = mtp_loss = token_losses = None
+        if labels is not None:
+            packed = attention_mask is None and past_key_values is None and position_ids is not None
+            documents = document_ids(position_ids).expand(labels.shape) if packed else None
+            targets = shifted_labels(labels, 1, documents)
+            items = (targets != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            loss, token_losses = self.cross_entropy(hidden_states, targets)
+            loss = loss / items
+            if self.training and self.trains_mtp:
+                mtp_loss = self.mtp_loss(
+                    hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, labels, documents, **kwargs
+                )
+                mtp_loss = mtp_loss / items
+                loss = loss + self.config.mtp_loss_coef * mtp_loss                        # Eq. 25
+        return DeepSeekR1CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            mtp_loss=None if mtp_loss is None else mtp_loss.detach(),
+            token_losses=token_losses if return_token_losses else None,
+        )
+
+    def cross_entropy(self, hidden_states, targets):
+        """(B, S, D) and (B, S) -> sum of the cross-entropies () with gradients, per token (B, S) without; in nats."""
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        total, each = linear_cross_entropy(
+            hidden_states.flatten(0, 1), self.lm_head, targets.flatten().to(hidden_states.device), smoothing
+        )
+        return total, each.view(targets.shape)
+
+    def mtp_hidden_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
+        """Yields, for depth k = 1, 2, ..., the states (B, S, D) from which the head predicts token i + k + 1.
+
+        `hidden_states` is the main model's `last_hidden_state`. An entry whose token i + k lies past the row's end or
+        in another document means nothing; no other entry depends on it.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        shared = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids)
+        documents = document_ids(shared["position_ids"]).expand(inputs_embeds.shape[:2])
+        token_mask = shared.pop("token_mask")
+        for depth, layer in enumerate(self.model.mtp_layers, start=1):
+            real = shift_left(documents, depth, -1) == documents
+            if token_mask is not None:
+                real = real & shift_left(token_mask, depth, False) & token_mask
+            hidden_states = layer(
+                hidden_states, shift_left(inputs_embeds, depth, 0.0), token_mask=real, **shared, **kwargs
+            )
+            yield hidden_states
+
+    def mtp_loss(
+        self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, labels, documents, **kwargs
+    ):
+        """() mean over the depths of the summed cross-entropy, in nats (V3, Eqs. 24, 25 without lambda and 1 / T)."""
+        states = self.mtp_hidden_states(
+            hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs
+        )
+        sums = [
+            self.cross_entropy(at_depth, shifted_labels(labels, depth + 1, documents))[0]
+            for depth, at_depth in enumerate(states, start=1)
+        ]
+        return torch.stack(sums).mean()
+
+
+def last_token_index(input_ids, attention_mask, pad_token_id, rows, length, device):
+    """(B,) index of each row's last real token, whichever side the padding is on.
+
+    Taken from the attention mask if given, else from `pad_token_id`; raises ValueError if several rows could be padded
+    and neither can tell.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:].bool()
+    elif pad_token_id is not None and input_ids is not None:
+        real = input_ids != pad_token_id
+    elif rows == 1:
+        real = torch.ones(1, length, dtype=torch.bool, device=device)
+    else:
+        raise ValueError(
+            f"cannot find the last token of {rows} rows: pass attention_mask, or set pad_token_id in the config"
+        )
+    positions = torch.arange(length, device=device)
+    return (real.to(device) * positions).argmax(-1)
+
+
+class DeepSeekR1ForSequenceClassification(DeepSeekR1PreTrainedModel):
+    """A linear head on each sequence's last real token: classification, or one score as a reward model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DeepSeekR1Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """-> `logits` (B, num_labels); `loss` if labels are given, by `config.problem_type`. Others: see the model."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        rows, length = hidden_states.shape[:2]
+        last = last_token_index(
+            input_ids, attention_mask, self.config.pad_token_id, rows, length, hidden_states.device
+        )
+        logits = self.score(hidden_states[torch.arange(rows, device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DeepSeekR1ForTokenClassification(DeepSeekR1PreTrainedModel):
+    """A linear head on every token: token classes, values, or process rewards."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DeepSeekR1Model(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored. Others: see the model."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+DeepSeekR1Model.register_for_auto_class("AutoModel")
+DeepSeekR1ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+DeepSeekR1ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+DeepSeekR1ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+DeepSeekR1Config.register_for_auto_class("AutoConfig")
+# Here and not in the package's __init__, so that custom code loaded from a folder does it too.
+register_checkpoint_layout()
+
+__all__ = [
+    "DeepSeekR1CausalLMOutput",
+    "DeepSeekR1ForCausalLM",
+    "DeepSeekR1ForSequenceClassification",
+    "DeepSeekR1ForTokenClassification",
+    "DeepSeekR1Model",
+    "DeepSeekR1PreTrainedModel",
+]

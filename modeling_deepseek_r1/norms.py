@@ -1,0 +1,43 @@
+"""Normalisation and regularisation layers used by every block."""
+
+import torch
+from torch import nn
+
+
+class DeepSeekR1RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean taken in fp32. Source: arXiv:1910.07467, Eq. 4. Shapes: (..., D) -> (..., D)."""
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        # fp32 weights with bf16 activations (autocast): the fused kernels want one dtype, the wider is exact.
+        hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class DropPath(nn.Module):
+    """Skips a residual branch for whole sequences, with probability `rate`, in training only.
+
+    The branch is divided by the probability of being kept, so that its expectation does not change.
+    Source: Deep Networks with Stochastic Depth (arXiv:1603.09382), Sec. 3. Shapes: (B, S, D) -> (B, S, D).
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch):
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        kept = torch.rand(branch.shape[0], *(1,) * (branch.dim() - 1), device=branch.device) < keep
+        return branch * (kept / keep).to(branch.dtype)
+
+    def extra_repr(self):
+        return f"rate={self.rate}"

@@ -1,0 +1,1 @@
+"""Training and evaluation stages, and the parts they share."""
