@@ -145,7 +145,7 @@ class DeepSeekR1Config(PreTrainedConfig):
     label_smoothing: float | int = 0.0
     hidden_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
-    # Present from the start, because TRL reads it from any config it is given (set on save).
+    # Present from the start, because TRL reads it from any config it is given; filled on save.
     auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
@@ -156,8 +156,8 @@ class DeepSeekR1Config(PreTrainedConfig):
             self.scoring_func = "softmax" if is_v2 else "sigmoid"
         if self.topk_method is None:
             self.topk_method = "greedy" if self.scoring_func == "softmax" else "noaux_tc"
-        if source_type not in (None, "deepseek_r1"):
-            self.auto_map = None  # points at another project's remote code
+        if self.auto_map is None or source_type not in (None, "deepseek_r1"):
+            self.auto_map = {}  # a deepseek_v3 file points at other remote code
         if is_v2 and "num_nextn_predict_layers" not in kwargs and self.num_nextn_predict_layers == 1:
             self.num_nextn_predict_layers = 0  # DeepSeek-V2 has no such layers
         if self.num_key_value_heads is None:

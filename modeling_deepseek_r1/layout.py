@@ -4,11 +4,15 @@ On disk every expert has its own matrices (`mlp.experts.7.gate_proj.weight`), in
 multi-token-prediction layer holds copies of the embedding and of the output head.
 """
 
+import os
 import re
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from .checkpoint_files import check_weights
+from .fp8 import forget_dequantised_source, partial_fp8_blocks
 
 CLASS_NAMES = (
     "DeepSeekR1Model",
@@ -121,16 +125,21 @@ class CheckpointLayoutMixin:
         """As in transformers, but a checkpoint that lacks weights is an error, not a warning.
 
         Only a freshly declared task head (`score`) may be absent; the library then logs that it is new.
-        Raises ValueError naming the missing weights; where they are MTP layers, naming `num_nextn_predict_layers=0`.
+        Raises ValueError naming the missing weights; where they are MTP layers, naming `num_nextn_predict_layers=0`;
+        ValueError or FileNotFoundError naming a weight file that is cut short or absent.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        if isinstance(pretrained_model_name_or_path, (str, os.PathLike)) and os.path.isdir(pretrained_model_name_or_path):
+            check_weights(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        with partial_fp8_blocks():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         missing = {key for key in info["missing_keys"] if key not in HEAD_KEYS}
         if missing and pretrained_model_name_or_path is not None:
             last, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
             prefixes = [f"model.layers.{index}." for index in range(last, last + depth)]
             raise wrong_checkpoint(missing, prefixes, pretrained_model_name_or_path)
+        forget_dequantised_source(model)
         return (model, info) if output_loading_info else model
 
     def mtp_copies(self):
