@@ -1,0 +1,245 @@
+"""What a run says and leaves behind: console lines, progress bar, metrics.jsonl, config.yaml, samples.
+
+The console and `metrics.jsonl` use the same names (`NAMES`); TensorBoard and the other loggers of
+`report_to` get the trainer's. Every record of `metrics.jsonl` has `kind` (train, eval, samples) and
+`step`; on resume, records beyond the resumed step are dropped, so that no step is there twice.
+"""
+
+import dataclasses
+import json
+import logging
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from recipes.checkpoint_files import write_atomically
+from recipes.sizing import format_duration
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+NAMES = {
+    "loss": "loss",
+    "next_token_loss": "next-token loss",
+    "mtp_loss": "mtp loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "tokens": "tokens",
+    "tokens_per_second": "tok/s",
+    "mfu": "mfu",
+    "step_seconds": "step_seconds",
+    "epoch": "epoch",
+}
+LOAD_PREFIX = "load_max_over_mean_layer_"
+EVAL_NAMES = {"eval_loss": "eval loss", "eval_bits_per_byte": "bits/byte", "eval_runtime": "eval_seconds"}
+EVAL_SOURCE_PREFIX = "eval_bits_per_byte_"
+
+
+def train_record(step, logs, eta_seconds=None):
+    """The trainer's names -> those of the console and the file, in fixed order."""
+    record = {"kind": "train", "step": step}
+    record |= {ours: logs[theirs] for theirs, ours in NAMES.items() if theirs in logs}
+    load = {int(name[len(LOAD_PREFIX) :]): value for name, value in logs.items() if name.startswith(LOAD_PREFIX)}
+    if load:
+        record["load max/mean"] = max(load.values())
+        record["load max/mean per layer"] = {str(layer): load[layer] for layer in sorted(load)}
+    if eta_seconds is not None:
+        record["eta"] = eta_seconds
+    return record
+
+
+def eval_record(step, logs):
+    record = {"kind": "eval", "step": step}
+    record |= {ours: logs[theirs] for theirs, ours in EVAL_NAMES.items() if theirs in logs}
+    sources = [name for name in logs if name.startswith(EVAL_SOURCE_PREFIX)]
+    record["bits/byte per source"] = {name[len(EVAL_SOURCE_PREFIX) :]: logs[name] for name in sources}
+    return record
+
+
+def console_line(record, max_steps):
+    """`step  120/500 | loss 3.412 | lr 3.0e-04 | grad 0.92 | tok/s 41,200 | load max/mean 1.31 | eta 4m`"""
+    formats = {
+        "loss": "{:.3f}",
+        "mtp loss": "{:.3f}",
+        "lr": "{:.1e}",
+        "grad": "{:.2f}",
+        "tok/s": "{:,.0f}",
+        "mfu": "{:.1%}",
+        "load max/mean": "{:.2f}",
+        "eval loss": "{:.3f}",
+        "bits/byte": "{:.3f}",
+    }
+    word = "eval" if record["kind"] == "eval" else "step"
+    width = len(str(max_steps))
+    parts = [f"{word} {record['step']:>{width + 1}}/{max_steps}"]
+    parts += [f"{name} {form.format(record[name])}" for name, form in formats.items() if record.get(name) is not None]
+    parts += [f"{name} {value:.3f}" for name, value in record.get("bits/byte per source", {}).items()]
+    if record.get("eta") is not None:
+        parts.append(f"eta {format_duration(record['eta'])}")
+    return " | ".join(parts)
+
+
+def read_metrics(path):
+    """The records of a metrics file; a last line cut off by a kill is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping a line that was cut off: %.40s", path, line)
+    return records
+
+
+def _jsonable(value):
+    return json.dumps(value, ensure_ascii=False, allow_nan=True)
+
+
+class RunLogCallback(TrainerCallback):
+    """Console lines, progress bar and metrics.jsonl, on the first process only."""
+
+    def __init__(self, output_dir, show_bar=True):
+        self.path = Path(output_dir) / METRICS_FILE
+        self.show_bar = show_bar
+        self.bar = self.eval_bar = None
+
+    def say(self, text):
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def write(self, record):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_jsonable(record) + "\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= state.global_step and state.global_step > 0]
+        write_atomically(self.path, "".join(_jsonable(record) + "\n" for record in kept))
+        if self.show_bar:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            seconds = logs.get("step_seconds")
+            eta = None if seconds is None else seconds * (state.max_steps - state.global_step)
+            record = train_record(state.global_step, logs, eta)
+        elif "eval_bits_per_byte" in logs:
+            record = eval_record(state.global_step, logs)
+        else:  # the trainer's own summary at the end, or a further evaluation (eval.json has it)
+            return
+        self.say(console_line(record, state.max_steps))
+        self.write({name: value for name, value in record.items() if name != "eta"})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class SampleCallback(TrainerCallback):
+    """Continues fixed prompts every `sample_steps` steps and at the end.
+
+    Sampling uses generators of its own state: the global random state is as before, so that a run with
+    samples and one without, or resumed between two of them, have the same losses.
+    """
+
+    def __init__(self, log, tokenizer, prompts, steps, new_tokens, speed=None, seed=0):
+        self.log, self.tokenizer, self.prompts = log, tokenizer, list(prompts)
+        self.steps, self.new_tokens, self.speed, self.seed = steps, new_tokens, speed, seed
+        self.last_step = None
+
+    def generate(self, model, synced=False):
+        """[{"prompt", "completion"}] by sampling at temperature 0.8; the model's mode is restored."""
+        was_training, device = model.training, model.device
+        model.eval()
+        devices = [device] if device.type == "cuda" else []
+        samples = []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for prompt in self.prompts:
+                inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+                if inputs["input_ids"].shape[1] == 0:
+                    raise ValueError(f"sample_prompts holds {prompt!r}, which has no token; give it some text")
+                ids = model.generate(
+                    **inputs, max_new_tokens=self.new_tokens, do_sample=True, temperature=0.8, top_k=0, top_p=0.95,
+                    pad_token_id=self.tokenizer.pad_token_id, synced_gpus=synced,
+                )  # fmt: skip
+                completion = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                samples.append({"prompt": prompt, "completion": completion})
+        model.train(was_training)
+        return samples
+
+    def _run(self, args, state, model):
+        sharded = bool(args.fsdp_plugin_args) or args.deepspeed is not None
+        if not self.prompts or state.global_step == self.last_step or not (state.is_world_process_zero or sharded):
+            return
+        self.last_step = state.global_step
+        with self.speed.paused():
+            samples = self.generate(getattr(model, "module", model), synced=sharded)
+        if state.is_world_process_zero:
+            for sample in samples:
+                text = " ".join(sample["completion"].split())
+                self.log.say(f"  sample | {sample['prompt']} >>> {text}")
+            self.log.write({"kind": "samples", "step": state.global_step, "samples": samples})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.steps and state.global_step % self.steps == 0:
+            self._run(args, state, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._run(args, state, model)
+
+
+# ---------------------------------------------------------------- config.yaml
+
+
+def git_commit():
+    """Commit of the code that runs, with `-dirty` where files differ; or why there is none."""
+    folder = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (not a git checkout)"
+
+
+def changed_arguments(args):
+    """{field: value} of the training arguments that differ from their defaults; no secrets."""
+    values, changed = args.to_dict(), {}
+    for field in dataclasses.fields(args):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        value = values.get(field.name)
+        if field.init and field.name != "hub_token" and getattr(default, "value", default) != value:
+            changed[field.name] = value
+    return changed
+
+
+def write_run_config(args, model, output_dir, facts):
+    """config.yaml: everything that is needed to understand and repeat the run. `facts`: data, sizes."""
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+    content = {
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "device": {"type": args.device.type, "processes": args.world_size, "mixed_precision": args.mixed_precision},
+        "arguments": changed_arguments(args),
+        "model": model.config.to_diff_dict(),
+        **facts,
+    }
+    text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    write_atomically(Path(output_dir) / "config.yaml", text)
+    return content

@@ -1,0 +1,92 @@
+"""Tokenizer, model config and model of a stage, from its settings."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
+from recipes.data import check_vocabulary
+
+logger = logging.getLogger(__name__)
+
+DEEPSEEK_TYPES = ("deepseek_r1", "deepseek_v3", "deepseek_v2")
+
+
+def find_tokenizer(args):
+    """Where the tokenizer is: as given, else beside the packed data, else with the weights."""
+    if args.tokenizer_name_or_path:
+        return args.tokenizer_name_or_path
+    packed = Path(args.dataset_name or "") / "tokenizer"
+    if args.dataset_name and packed.is_dir():
+        return str(packed)
+    if args.model_name_or_path:
+        return args.model_name_or_path
+    raise ValueError(
+        f"tokenizer_name_or_path is unset, and neither dataset_name={args.dataset_name} (a packed data set with a "
+        "tokenizer folder) nor model_name_or_path brings one; give a tokenizer folder or Hub name, or train one: "
+        "python -m data_scripts.train_tokenizer --help"
+    )
+
+
+def load_tokenizer(args):
+    """The tokenizer; says how to make the default data where it is missing."""
+    if not args.dataset_name:
+        raise ValueError("dataset_name is unset: give a packed data set, text files, a folder or a Hub name")
+    size = Path(args.dataset_name).name
+    if args.dataset_name.startswith("data/") and not Path(args.dataset_name).exists():
+        raise ValueError(
+            f"dataset_name={args.dataset_name} does not exist yet; make it: python -m data_scripts.prepare_pretraining "
+            f"--output_dir {args.dataset_name} --size {size if size in ('tiny', 'nano') else 'nano'}"
+        )
+    return AutoTokenizer.from_pretrained(find_tokenizer(args))
+
+
+def build_config(args, tokenizer=None):
+    """The model's config: `model_config` as a new one, or laid over that of `model_name_or_path`.
+
+    Raises:
+        ValueError: for another model family; for a vocabulary smaller than the tokenizer.
+    """
+    overrides = dict(args.model_config)
+    if args.label_smoothing_factor:
+        overrides["label_smoothing"] = args.label_smoothing_factor
+    family = CONFIG_MAPPING["deepseek_r1"]
+    if args.model_name_or_path is None:
+        if tokenizer is not None:
+            special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            overrides = special | {"vocab_size": len(tokenizer)} | overrides
+        config = family(**overrides)
+    else:
+        found = AutoConfig.from_pretrained(args.model_name_or_path).model_type
+        if found not in DEEPSEEK_TYPES:
+            raise ValueError(
+                f"model_name_or_path={args.model_name_or_path} has model_type={found!r}; this recipe continues "
+                f"{', '.join(DEEPSEEK_TYPES)} weights"
+            )
+        config = family.from_pretrained(args.model_name_or_path, **overrides)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config)
+    if args.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length={args.sequence_length} exceeds model_config.max_position_embeddings="
+            f"{config.max_position_embeddings}; lower the first or raise the second"
+        )
+    return config
+
+
+def build_model(args, tokenizer):
+    """A model with weights in `weights_dtype` (float32: bf16 compute is autocast's), new or with the given weights.
+
+    MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
+    """
+    config, dtype = build_config(args, tokenizer), getattr(torch, args.weights_dtype)
+    if args.model_name_or_path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype)
+    if config.num_nextn_predict_layers and not config.mtp_loss_coef:
+        logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
+        model.freeze_mtp()
+    return model

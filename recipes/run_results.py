@@ -1,0 +1,86 @@
+"""The two ends of a run: what is printed and written before training, and after it."""
+
+import json
+from pathlib import Path
+
+from recipes.checkpoint_files import write_atomically
+from recipes.ema import EMACallback
+from recipes.logging_callbacks import METRICS_FILE, read_metrics, write_run_config
+from recipes.reporting import result_rows, text_baselines, write_report
+from recipes.sizing import count_parameters
+
+BASELINE_ROWS = 512  # held-out rows that the reference values are computed on
+
+
+def _table(rows):
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _labels(rows, count):
+    """The tokens that are predicted in the first `count` rows, one list a row."""
+    wanted = (rows[index]["labels"] for index in range(min(count, len(rows))))
+    return [labels[labels.ne(-100)].tolist() for labels in wanted]
+
+
+def _baselines(trainer):
+    """Bits per byte of the held-out text without a model (see `text_baselines`)."""
+    validation, train, tokenizer = trainer.eval_dataset, trainer.train_dataset, trainer.processing_class
+    if validation is None:
+        return {}
+    tokens = _labels(validation, BASELINE_ROWS)
+    seen = _labels(train, 8 * BASELINE_ROWS) if hasattr(train, "__len__") else []
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return text_baselines(texts, tokens, seen, trainer.model.config.vocab_size)
+
+
+def announce_run(trainer, info):
+    """Print and store commit, sizes, device and the resolved config."""
+    args = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    counts = count_parameters(trainer.model.config)
+    sizes = {
+        "parameters": f"{counts.total:,}",
+        "active parameters per token": f"{counts.active:,}",
+        "FLOPs per training token": f"{trainer.flops_per_token / 1e9:.4f} G",
+        "tokens per optimizer step": f"{args.tokens_per_step:,}",
+        "device peak": "unknown"
+        if trainer.peak_flops is None
+        else f"{trainer.peak_flops / 1e12:.3f} TFLOP/s ({trainer.peak_source})",
+    }
+    facts = {"sizes": sizes, "baselines": _baselines(trainer), "data": info}
+    content = write_run_config(args, trainer.model, args.output_dir, facts)
+    device = content["device"]
+    where = f"{device['type']} x{device['processes']}, mixed precision: {device['mixed_precision']}"
+    rows = [("commit", content["commit"]), *sizes.items(), ("device", where), ("output", args.output_dir)]
+    print(_table(rows), flush=True)
+
+
+def _evaluation(trainer, prefix):
+    metrics = trainer.evaluate(metric_key_prefix=prefix)
+    sources = {k.removeprefix(f"{prefix}_bits_per_byte_"): v for k, v in metrics.items() if "_bits_per_byte_" in k}
+    return {name: metrics[f"{prefix}_{name}"] for name in ("bits_per_byte", "loss", "bytes")} | {"sources": sources}
+
+
+def finish_run(trainer):
+    """Evaluate, save the weights (and their average in `ema/`), write eval.json and report.html, print results."""
+    args, results = trainer.args, {"step": trainer.state.global_step}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.eval_dataset is not None:
+        results["weights"] = _evaluation(trainer, "final")
+    trainer.save_model()
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EMACallback):
+            with callback.applied(model):
+                if trainer.eval_dataset is not None:
+                    results["ema"] = _evaluation(trainer, "ema")
+                trainer._save(str(Path(args.output_dir) / "ema"))
+    if not trainer.is_world_process_zero():
+        return results
+    write_atomically(Path(args.output_dir) / "eval.json", json.dumps(results, indent=1))
+    report = write_report(args.output_dir)
+    records = read_metrics(Path(args.output_dir) / METRICS_FILE)
+    rows = result_rows(records, results, {})
+    print(_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
+    return results

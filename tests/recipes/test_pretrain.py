@@ -1,0 +1,121 @@
+"""recipes/pretrain.py from end to end: from nothing, from our weights, from deepseek_v3 weights."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from data_scripts.train_tokenizer import train_tokenizer
+from recipes import pretrain
+from tests.recipes.tiny_run import SIZES
+
+SCRIPT = Path(pretrain.__file__)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder with documents and a tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"Item {i} of the list costs {i * 7 % 50} coins, and {i % 9} of them are silver." for i in range(200)]
+    (folder / "documents.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    train_tokenizer(lines, 320).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def arguments(texts, output_dir, *more):
+    sizes = {name: value for name, value in SIZES.items() if name != "vocab_size"}
+    return [
+        "--dataset_name", str(texts / "documents.jsonl"), "--tokenizer_name_or_path", str(texts / "tokenizer"),
+        "--output_dir", str(output_dir), "--model_config", json.dumps(sizes), "--sequence_length", "32",
+        "--max_steps", "4", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--eval_strategy", "steps",
+        "--eval_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2", "--use_cpu", "--disable_tqdm", "true",
+        "--validation_fraction", "0.1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    more = ("--ema_decay", "0.9", "--sample_prompts", "Item 3", "--sample_tokens", "4", "--report_to", "tensorboard")
+    return folder, pretrain.main(arguments(texts, folder, *more))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder, results = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "eval.json", "report.html", "ema", "model.safetensors"} <= names
+    assert list(folder.rglob("events.out.tfevents*"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(r["kind"], r["step"]) for r in records]
+    assert kinds.count(("eval", 2)) == kinds.count(("eval", 4)) == kinds.count(("samples", 4)) == 1
+    last = next(r for r in records if r["kind"] == "eval" and r["step"] == 4)
+    assert results["weights"]["bits_per_byte"] == pytest.approx(last["bits/byte"], rel=1e-6)
+    assert json.loads((folder / "eval.json").read_text()) == results
+    raw, average = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, folder / "ema"))
+    assert not torch.equal(raw.lm_head.weight, average.lm_head.weight)
+    assert (folder / "ema" / "tokenizer.json").exists()
+
+
+def test_continue_from_our_weights(finished, texts, tmp_path):
+    folder, results = finished
+    more = ("--model_name_or_path", str(folder), "--model_config", "{}", "--max_steps", "1", "--learning_rate", "1e-9")
+    continued = pretrain.main(arguments(texts, tmp_path / "next", *more))
+    assert continued["weights"]["loss"] == pytest.approx(results["weights"]["loss"], rel=1e-4)
+
+
+def test_continue_from_deepseek_v3_weights(texts, tmp_path):
+    """A released layout without MTP layers, which transformers' own class wrote."""
+    sizes = SIZES | {"vocab_size": 320, "num_key_value_heads": 2, "num_nextn_predict_layers": 0}
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
+    theirs.save_pretrained(tmp_path / "v3")
+    more = ("--model_name_or_path", str(tmp_path / "v3"), "--model_config", '{"num_nextn_predict_layers": 0}',
+            "--max_steps", "1", "--learning_rate", "1e-9", "--eval_strategy", "no")  # fmt: skip
+    pretrain.main(arguments(texts, tmp_path / "next", *more))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "next").eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(texts, tmp_path):
+    sizes = json.dumps(SIZES)
+    with pytest.raises(ValueError, match="vocab_size=64"):
+        pretrain.main(arguments(texts, tmp_path, "--model_config", sizes))
+
+
+def test_another_family_is_refused(texts, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type='llama'"):
+        pretrain.main(arguments(texts, tmp_path / "out", "--model_name_or_path", str(tmp_path)))
+
+
+def test_dry_run_needs_no_data(tmp_path, capsys):
+    config = SCRIPT.parent / "configs" / "pretrain_nano.yaml"
+    assert pretrain.main(["--config", str(config), "--dry_run", "--use_cpu", "--output_dir", str(tmp_path)]) is None
+    out = capsys.readouterr().out
+    assert re.search(r"parameters +16\.876 M \+ MTP 2\.496 M", out) and "layout for this host" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_a_script_it_sees_the_installed_packages(tmp_path):
+    """recipes/ is first on a launched script's path; nothing there may hide a package."""
+    stems = {path.stem for path in SCRIPT.parent.glob("*.py")} - {"__init__"}
+    assert not stems & {"evaluate", "accelerate", "datasets", "tokenizers", "trl", "peft", "torch", "transformers"}
+    config = SCRIPT.parent / "configs" / "pretrain_tiny.yaml"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--dry_run",
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FLOPs per training token" in done.stdout
