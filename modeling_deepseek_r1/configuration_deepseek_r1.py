@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # (scoring_func, topk_method) of the released V2 and V3 configurations; `routing.ROUTERS` has one class for each.
 ROUTER_KINDS = (("sigmoid", "noaux_tc"), ("softmax", "greedy"), ("softmax", "group_limited_greedy"))
@@ -170,6 +171,10 @@ class DeepSeekR1Config(PreTrainedConfig):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # what the library's rotary initialisers read
         super().__post_init__(**kwargs)
+        try:
+            self.validate_architecture()  # here, because `@strict` would wrap its errors in one that is no ValueError
+        except TypeError:
+            pass  # a field of the wrong type, which `@strict` reports next, by its name
 
     def is_moe_layer(self, layer_idx):
         """Whether layer `layer_idx` (MTP layers follow the decoder layers) has routed experts."""
@@ -180,7 +185,7 @@ class DeepSeekR1Config(PreTrainedConfig):
         )
 
     def validate_architecture(self):
-        """Cross-field checks; called by `@strict` after the fields' own type checks."""
+        """Cross-field checks, at construction and whenever `@strict` validates."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq",
                      "max_position_embeddings"):
@@ -200,8 +205,15 @@ class DeepSeekR1Config(PreTrainedConfig):
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or null for direct queries")
         if self.num_nextn_predict_layers < 0:
             raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or more")
-        if self.first_k_dense_replace < 0:
-            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace} must be 0 or more")
+        for name in ("first_k_dense_replace", "n_shared_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; known: {sorted(ACT2FN)}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} must lie in [0, vocab_size={self.vocab_size}), or be null"
+            )
         self._validate_ranges()
         self._validate_attention_types()
         if self.n_routed_experts is not None:
@@ -239,7 +251,7 @@ class DeepSeekR1Config(PreTrainedConfig):
             raise ValueError(f"n_routed_experts={experts} must be at least 1, or null for a dense model")
         if self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1")
-        if not 1 <= self.num_experts_per_tok <= experts:
+        if self.num_experts_per_tok is None or not 1 <= self.num_experts_per_tok <= experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie in [1, n_routed_experts={experts}]"
             )

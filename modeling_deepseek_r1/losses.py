@@ -102,13 +102,15 @@ def head_vocab_size(head):
 
 
 def is_plain_linear(head):
-    """Whether `head` is one unsharded matrix without hooks, so that its weight may be used directly."""
+    """Whether `head` is one unsharded matrix that nobody has hooked or wrapped (accelerate's offloading replaces its
+    `forward`), so that its weight may be used directly."""
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(head.weight) in (nn.Parameter, torch.Tensor)
         and not head._forward_hooks
         and not head._forward_pre_hooks
+        and "forward" not in vars(head)
     )
 
 
@@ -118,7 +120,7 @@ def linear_cross_entropy(hidden, head, labels, label_smoothing=0.0, ignore_index
     Shapes (T tokens, D width, V vocabulary): hidden (T, D), labels (T,) int64 -> sum () float32 with gradients to
     `hidden` and `head`, losses (T,) float32 without, both in nats; 0 where labels are `ignore_index`. Memory is
     O(chunk * V + T * D + V * D). `label_smoothing` as in `torch.nn.functional.cross_entropy`.
-    Raises IndexError (on the CPU) for a label outside [0, V).
+    Raises IndexError or RuntimeError (on the CPU) for a label outside [0, V).
     """
     if is_plain_linear(head):
         return _LinearCrossEntropy.apply(hidden, head.weight, labels, label_smoothing, ignore_index)

@@ -120,7 +120,9 @@ class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
     def expert_load_max_over_mean(self):
         """{layer index: largest over mean expert load of the last optimizer step}; 1.0 is perfectly even."""
         return {
-            layer: float(load.max() * load.numel() / load.sum()) for layer, load in self.expert_load.items() if load.any()
+            layer: float(load.max() * load.numel() / load.sum())
+            for layer, load in self.expert_load.items()
+            if load.any()
         }
 
 
@@ -252,9 +254,9 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
 
     @property
     def trains_mtp(self):
-        """Whether a training step includes the multi-token-prediction loss."""
-        layers = self.model.mtp_layers
-        return bool(self.config.mtp_loss_coef) and len(layers) > 0 and layers[0].eh_proj.weight.requires_grad
+        """Whether a training step includes the multi-token-prediction loss: where any of its weights, or an adapter's
+        on it, is trained (a trained weight without gradient stops DDP)."""
+        return bool(self.config.mtp_loss_coef) and any(p.requires_grad for p in self.model.mtp_layers.parameters())
 
     @can_return_tuple
     def forward(
@@ -342,6 +344,8 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # no cache here: the new tokens only
         shared = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids)
         documents = document_ids(shared["position_ids"]).expand(inputs_embeds.shape[:2])
         token_mask = shared.pop("token_mask")
@@ -390,6 +394,9 @@ def last_token_index(input_ids, attention_mask, pad_token_id, rows, length, devi
 
 class DeepSeekR1ForSequenceClassification(DeepSeekR1PreTrainedModel):
     """A linear head on each sequence's last real token: classification, or one score as a reward model."""
+
+    # The loss is the mean over the micro-batch: a trainer has to divide it by its accumulation steps.
+    accepts_loss_kwargs = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -459,9 +466,11 @@ class DeepSeekR1ForTokenClassification(DeepSeekR1PreTrainedModel):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
-        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored. Others: see the model."""
+        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored: the mean over them, or the
+        sum over `num_items_in_batch`, as trainers pass it under gradient accumulation. Others: see the model."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -472,7 +481,9 @@ class DeepSeekR1ForTokenClassification(DeepSeekR1PreTrainedModel):
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -58,7 +58,7 @@ def rotate(states, cos, sin, interleave):
 
 
 def softmax_scale(config):
-    """1 / sqrt(q/k head width), times YaRN's mscale^2 where `mscale_all_dim` is set (YaRN, Eq. 15 as DeepSeek-V3 uses it)."""
+    """1 / sqrt(q/k head width), times YaRN's mscale^2 where `mscale_all_dim` is set (YaRN, Eq. 15 as V3 uses it)."""
     scale = config.qk_head_dim**-0.5
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim") and rope["factor"] > 1:

@@ -1,4 +1,4 @@
-"""Settings every test shares: no network, two threads, a fixed seed."""
+"""Settings every test shares: no network, two threads (or OMP_NUM_THREADS), a fixed seed."""
 
 import os
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True)
