@@ -1,0 +1,120 @@
+"""The README's example and walk-throughs do what they say, on smaller sizes."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from data_scripts import prepare_pretraining
+from recipes import pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+QUICK = ["--max_steps", "3", "--warmup_steps", "0", "--lr_scheduler_type", "constant", "--sequence_length", "32",
+         "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no", "--sample_tokens", "2",
+         "--logging_steps", "1"]  # fmt: skip
+
+
+def commands(name):
+    """The argument lists of the bash block behind `<!-- test: name -->`."""
+    block = re.search(rf"<!-- test: {name} -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    return [shlex.split(line) for line in block.strip().splitlines()]
+
+
+def run(command, model=SMALL):
+    """Runs one documented command in this process, with small sizes added to it."""
+    if command[:3] == ["python", "-m", "data_scripts.prepare_pretraining"]:
+        return prepare_pretraining.main([*command[3:], "--vocab_size", "300"])
+    assert command[:3] == ["accelerate", "launch", "recipes/pretrain.py"]
+    sizes = [part for name, value in model.items() for part in (f"--model_config.{name}", str(value))]
+    return pretrain.main([*command[3:], *sizes, *QUICK])
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with the repository's recipes and two text files, as the current folder."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "my_texts").mkdir()
+    words = "the quick brown fox jumps over the lazy dog while seven wise men watch from the old stone bridge".split()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(30):
+        order = torch.randint(len(words), (120,), generator=generator).tolist()
+        (tmp_path / "my_texts" / f"{number}.txt").write_text(" ".join(words[i] for i in order))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def results(folder):
+    return json.loads((Path(folder) / "eval.json").read_text())
+
+
+def test_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "example.py").write_text(example)
+    names = runpy.run_path(str(tmp_path / "example.py"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "my-r1").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(names["ids"]).logits, names["model"].eval()(names["ids"]).logits)
+    assert names["model"].expert_load and any(r.e_score_correction_bias.any() for r in again.routers.values())
+
+
+def test_own_text_then_released_weights(workplace):
+    prepare, train = commands("own text")
+    run(prepare)
+    run(train)
+    assert results("runs/mine") and (workplace / "runs/mine/report.html").is_file()
+
+    torch.manual_seed(0)
+    vocabulary = json.loads(Path("data/mine/manifest.json").read_text())["vocab_size"]
+    released = DeepseekV3ForCausalLM(DeepseekV3Config(
+        **{**SMALL, "vocab_size": vocabulary}, num_key_value_heads=2, q_lora_rank=None, n_group=1, topk_group=1,
+        first_k_dense_replace=1, num_mtp_layers=0,
+    ))  # fmt: skip
+    released.save_pretrained("deepseek-v3-folder")
+    (command,) = commands("released weights")
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=0"):
+        run([part.replace("1e-4", "1e-12") for part in command], model={"num_nextn_predict_layers": 1})
+    run([part.replace("1e-4", "1e-12") for part in command], model={"num_nextn_predict_layers": 0})
+    continued = AutoModelForCausalLM.from_pretrained("runs/continued")
+    for name, weight in released.named_parameters():         # a step of 1e-12 leaves the released weights in place
+        torch.testing.assert_close(continued.get_parameter(name), weight, rtol=0, atol=1e-6)
+
+
+def test_hub_data_set(workplace, monkeypatch):
+    """The Hub is not there: its loader is asked for the documented name and answers with local rows."""
+    import datasets
+
+    asked = []
+
+    def from_hub(name, *args, streaming=False, **kwargs):
+        asked.append((name, streaming))
+        texts = [path.read_text() for path in sorted(Path("my_texts").iterdir())]
+        rows = datasets.Dataset.from_dict({"text": texts})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *args, **kwargs: ["train"])
+    run(["python", "-m", "data_scripts.prepare_pretraining", "--output_dir", "data/tiny", "--source", "mine=./my_texts",
+         "--mixture", "mine=100"])  # fmt: skip
+    (command,) = commands("hub data set")
+    run(command)
+    assert ("roneneldan/TinyStories", True) in asked and results("runs/stories")
+
+
+def test_documented_files_exist():
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", README):
+        if not path.startswith(("runs/", "ema/", "data/")):
+            assert (ROOT / path).exists(), path
+    assert sys.version_info >= (3, 11)
