@@ -74,6 +74,9 @@ class PretrainConfig(TrainingArguments):
     # -- logs, samples, checkpoints
     output_dir: str | None = _setting(None, "Run folder: config.yaml, metrics.jsonl, checkpoints, model, report.html.")
     logging_steps: float = _setting(10, "Log every so many optimizer steps.")
+    dataloader_drop_last: bool = _setting(
+        True, "Leave out the few rows at the end of an epoch that fill no batch: they would be a noisy step."
+    )
     logging_nan_inf_filter: bool = _setting(False, "Hide NaN losses from the log. Off: a run with a NaN loss stops.")
     metric_for_best_model: str | None = _setting("bits_per_byte", "What load_best_model_at_end and a plateau look at.")
     greater_is_better: bool | None = _setting(False, "Whether a larger metric_for_best_model is better.")

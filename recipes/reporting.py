@@ -95,7 +95,7 @@ def _svg(figure):
 
 def plot(curves, ylabel, references=(), log=False):
     """SVG of [(label, steps, values)] over optimizer steps; `references`: [(label, value)] dashed lines."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.2))
+    figure, axes = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
     marker = "o" if max((len(steps) for _, steps, _ in curves), default=0) < 25 else None
     for (label, steps, values), color in zip(curves, COLORS * 8):
         axes.plot(steps, values, label=label, color=color, linewidth=1.4, marker=marker, markersize=3)
@@ -109,7 +109,7 @@ def plot(curves, ylabel, references=(), log=False):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(curves) + len(references) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(loc="outside right center", fontsize=8, frameon=False)  # beside the curves, never on them
     return _svg(figure)
 
 

@@ -57,12 +57,21 @@ def test_every_cache_gives_the_same_tokens(cache):
     assert torch.equal(generate(model, ids, do_sample=False, **options), expected)
 
 
-@pytest.mark.skipif(not is_optimum_quanto_available(), reason="optimum-quanto is not installed")
-def test_a_quantised_cache_generates():
+QUANTO = pytest.mark.skipif(not is_optimum_quanto_available(), reason="optimum-quanto is not installed")
+QUANTISED = [
+    {"backend": "fp8"},
+    pytest.param(  # slow: compiles an extension, a minute
+        {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 4}, marks=[pytest.mark.slow, QUANTO]
+    ),
+]
+
+
+@pytest.mark.parametrize("config", QUANTISED, ids=lambda config: config["backend"])
+def test_a_quantised_cache_generates(config):
     model, ids = tiny_model(), random_ids(2, 7)
-    config = {"backend": "quanto", "nbits": 8, "residual_length": 4, "q_group_size": 4}
     tokens = generate(model, ids, do_sample=False, cache_implementation="quantized", cache_config=config)
-    assert (tokens == generate(model, ids, do_sample=False)).float().mean() > 0.8  # 8 bits: few ties may fall elsewhere
+    # The first tokens; later a near-tie may fall elsewhere, and what follows it differs.
+    assert tokens.shape == (2, 15) and torch.equal(tokens[:, :9], generate(model, ids, do_sample=False)[:, :9])
 
 
 def test_assisted_decoding_gives_the_models_own_tokens():
