@@ -9,7 +9,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_deepseek_r1 import DeepSeekR1Config
 from .modeling_deepseek_r1 import (
@@ -26,8 +25,6 @@ AutoModelForCausalLM.register(DeepSeekR1Config, DeepSeekR1ForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(DeepSeekR1Config, DeepSeekR1ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepSeekR1Config, DeepSeekR1ForTokenClassification, exist_ok=True)
 AutoTokenizer.register(DeepSeekR1Config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
-# Trainer's own label smoothing shifts the labels only for class names it finds here.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek_r1"] = "DeepSeekR1ForCausalLM"
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from .checkpoint_files import INDEX, WEIGHTS, weight_files
 from .configuration_deepseek_r1 import DeepSeekR1Config
 
 CODE_SUFFIX = ".py"
+LANGUAGE_MODELS = ("DeepSeekR1ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")
 # Fields of ours that change training only: the exported model computes the same without them.
 TRAINING_FIELDS = (
     "bias_update_speed", "seq_aux_loss_alpha", "router_z_loss_coef", "mtp_loss_coef", "label_smoothing",
@@ -35,6 +37,9 @@ def plain_config(fields):
 
     Raises ValueError for a model that class cannot express, naming the field.
     """
+    architectures = fields.get("architectures") or ["DeepSeekR1ForCausalLM"]
+    if architectures[0] not in LANGUAGE_MODELS:
+        raise ValueError(f"architectures={architectures}: only a language model can be exported, this is none")
     config = DeepSeekR1Config(**fields)
     is_v2 = config.scoring_func == "softmax"
     kind, name = ("deepseek_v2", "DeepseekV2ForCausalLM") if is_v2 else ("deepseek_v3", "DeepseekV3ForCausalLM")
@@ -103,7 +108,10 @@ def export(source, target):
         raise FileExistsError(f"{target} exists; remove it or name another folder")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; is it a model folder?")
-    config = plain_config(json.loads((source / "config.json").read_text()))
+    fields = json.loads((source / "config.json").read_text())
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source / 'config.json'} holds no mapping of fields; is it a model folder?")
+    config = plain_config(fields)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -134,7 +142,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         keys = export(args.source, args.target)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{args.target}: {len(keys)} tensors, model_type {AutoConfig.from_pretrained(args.target).model_type}")

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # (scoring_func, topk_method) of the released V2 and V3 configurations; `routing.ROUTERS` has one class for each.
 ROUTER_KINDS = (("sigmoid", "noaux_tc"), ("softmax", "greedy"), ("softmax", "group_limited_greedy"))
@@ -34,8 +35,8 @@ class DeepSeekR1Config(PreTrainedConfig):
             None means 1.
         scoring_func, topk_method: which router, one of ("sigmoid", "noaux_tc") as in V3/R1, ("softmax", "greedy")
             and ("softmax", "group_limited_greedy") as in V2. None: by the checkpoint's `model_type`, V3's otherwise.
-        norm_topk_prob: divide the K gate values by their sum (V3, Eq. 13).
-        routed_scaling_factor: factor on the gate values.
+        norm_topk_prob: divide the K gate values by their sum (V3, Eq. 13). None: True, False for V2.
+        routed_scaling_factor: factor on the gate values. None: 2.5, 1.0 for V2.
         first_k_dense_replace: this many first layers have a dense feed-forward layer.
         moe_layer_freq: of the others, every `moe_layer_freq`-th (by layer index) is a mixture of experts.
         q_lora_rank: width of the compressed queries. None: queries are projected directly (V2-Lite).
@@ -52,6 +53,7 @@ class DeepSeekR1Config(PreTrainedConfig):
         hidden_act, rms_norm_eps, initializer_range, tie_word_embeddings, use_cache, pad_token_id, bos_token_id,
             eos_token_id, output_router_logits, pretraining_tp: as everywhere in transformers.
         num_nextn_predict_layers: multi-token-prediction layers (V3, Sec. 2.2); 0 for a checkpoint without them.
+            None: 1, 0 for V2.
         mtp_loss_coef: lambda of V3, Eq. 25, applied in training.
         bias_update_speed: gamma of the auxiliary-loss-free balancing (V3, Sec. 2.1.2); 0 freezes the routing bias.
         seq_aux_loss_alpha: alpha of the sequence-wise balance loss (V3, Eqs. 17-20). 0 turns it off.
@@ -113,8 +115,8 @@ class DeepSeekR1Config(PreTrainedConfig):
     topk_group: int | None = 4
     scoring_func: str | None = None
     topk_method: str | None = None
-    norm_topk_prob: bool | None = True
-    routed_scaling_factor: float | int = 2.5
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float | int | None = None
     first_k_dense_replace: int | None = 3
     moe_layer_freq: int = 1
     q_lora_rank: int | None = 1536
@@ -138,7 +140,7 @@ class DeepSeekR1Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
     output_router_logits: bool = False
     pretraining_tp: int | None = 1
-    num_nextn_predict_layers: int | None = 1
+    num_nextn_predict_layers: int | None = None
     mtp_loss_coef: float | int = 0.3
     bias_update_speed: float | int = 0.001
     seq_aux_loss_alpha: float | int = 1e-4
@@ -159,15 +161,20 @@ class DeepSeekR1Config(PreTrainedConfig):
             self.topk_method = "greedy" if self.scoring_func == "softmax" else "noaux_tc"
         if self.auto_map is None or source_type not in (None, "deepseek_r1"):
             self.auto_map = {}  # a deepseek_v3 file points at other remote code
-        if is_v2 and "num_nextn_predict_layers" not in kwargs and self.num_nextn_predict_layers == 1:
-            self.num_nextn_predict_layers = 0  # DeepSeek-V2 has no such layers
+        defaults = {
+            "norm_topk_prob": not is_v2,
+            "routed_scaling_factor": 1.0 if is_v2 else 2.5,
+            "num_nextn_predict_layers": 0 if is_v2 else 1,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.n_group = self.n_group or 1
         self.topk_group = self.topk_group or 1
         self.first_k_dense_replace = self.first_k_dense_replace or 0
         self.n_shared_experts = self.n_shared_experts or 0
-        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # what the library's rotary initialisers read
         super().__post_init__(**kwargs)
@@ -215,6 +222,7 @@ class DeepSeekR1Config(PreTrainedConfig):
                 f"pad_token_id={self.pad_token_id} must lie in [0, vocab_size={self.vocab_size}), or be null"
             )
         self._validate_ranges()
+        self._validate_rotary()
         self._validate_attention_types()
         if self.n_routed_experts is not None:
             self._validate_routing()
@@ -227,6 +235,14 @@ class DeepSeekR1Config(PreTrainedConfig):
         for name in ("mtp_loss_coef", "bias_update_speed", "seq_aux_loss_alpha", "router_z_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or positive")
+
+    def _validate_rotary(self):
+        rope = self.rope_parameters or {}
+        kind, known = rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+        if kind not in known:
+            raise ValueError(f"rope_parameters has rope_type={kind!r}; known: {known}")
+        if kind not in ("default", "longrope", "proportional") and "factor" not in rope:
+            raise ValueError(f"rope_parameters={rope} lacks factor, which rope_type={kind!r} needs")
 
     def _validate_attention_types(self):
         if self.attention_types is None:

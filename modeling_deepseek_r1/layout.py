@@ -10,9 +10,11 @@ import re
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoint_files import check_weights
-from .fp8 import forget_dequantised_source, partial_fp8_blocks
+from .fp8 import forget_dequantised_source, released_fp8
 
 CLASS_NAMES = (
     "DeepSeekR1Model",
@@ -46,11 +48,13 @@ def weight_converters():
     ]
 
 
-def register_checkpoint_layout():
+def register_with_library():
     """Makes the library convert the checkpoints of our classes. By class name too: a config that was read from a
     deepseek_v3 file may reach the library under that model type."""
     for name in ("deepseek_r1", *CLASS_NAMES):
         register_checkpoint_conversion_mapping(name, weight_converters(), overwrite=True)
+    # Trainer's own label smoothing shifts the labels only for class names it finds here.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek_r1"] = "DeepSeekR1ForCausalLM"
 
 
 EXPERT_KEY = re.compile(r"(\d+)\.(gate|up|down)_proj\.weight")
@@ -61,7 +65,8 @@ def fuse_expert_keys(module, state_dict, prefix, local_metadata, strict, missing
     """Load-state-dict pre-hook of the experts: takes per-expert keys, as `save_pretrained` wrote them.
 
     Trainers resume with a plain `load_state_dict`, which would pass over those keys and leave the experts as they
-    were. Each matrix is copied to its place at once, so that experts may be spread over several shards.
+    were. Each matrix is copied to its place at once, so that experts may be spread over several shards; with
+    `assign=True` (or a model without storage) new tensors are made instead, and all experts must be there.
     """
     found = {}
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -70,6 +75,13 @@ def fuse_expert_keys(module, state_dict, prefix, local_metadata, strict, missing
     if not found:
         return
     gate_up, down, inner = module.gate_up_proj, module.down_proj, module.intermediate_dim
+    complete = len(found) == 3 * module.num_experts
+    if local_metadata.get("assign_to_params_buffers") or gate_up.is_meta:
+        if not complete:
+            error_msgs.append(f"{prefix[:-1]}: only {len(found)} of {3 * module.num_experts} matrices to assign")
+            return
+        example = next(iter(found.values()))
+        gate_up, down = (torch.empty(p.shape, dtype=example.dtype, device=example.device) for p in (gate_up, down))
     places = {"gate": lambda e: gate_up[e, :inner], "up": lambda e: gate_up[e, inner:], "down": lambda e: down[e]}
     for (expert, kind), value in found.items():
         if expert >= module.num_experts:
@@ -130,7 +142,7 @@ class CheckpointLayoutMixin:
         """
         if isinstance(pretrained_model_name_or_path, (str, os.PathLike)) and os.path.isdir(pretrained_model_name_or_path):
             check_weights(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        with partial_fp8_blocks():
+        with released_fp8():
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
@@ -142,25 +154,27 @@ class CheckpointLayoutMixin:
         forget_dequantised_source(model)
         return (model, info) if output_loading_info else model
 
-    def mtp_copies(self):
-        """{key on disk: tensor} of the embedding and head under each MTP layer's names; clones, because the library
-        writes a tensor that appears under two names only once."""
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
+        """The last step before tensors are written: adds the embedding and head under each MTP layer's names. Clones,
+        because the library writes a tensor that appears under two names only once."""
+        state_dict = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
         config = self.config
-        if not hasattr(self, "lm_head"):
-            return {}
-        copies = {}
+        if not hasattr(self, "lm_head") or getattr(self, "_hf_peft_config_loaded", False):
+            return state_dict
         for index in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
             for name, original in MTP_COPIES.items():
-                copies[f"model.layers.{index}.{name}"] = self.get_parameter(original).detach().clone()
-        return copies
+                tensor = state_dict.get(original, state_dict.get("model.embed_tokens.weight"))  # a tied head has no key
+                if tensor is None:
+                    continue  # not the process that writes
+                if tensor.is_meta:
+                    tensor = load_offloaded_parameter(self, original)
+                state_dict[f"model.layers.{index}.{name}"] = tensor.detach().clone()
+        return state_dict
 
-    def save_pretrained(self, save_directory, *args, state_dict=None, save_original_format=True, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, in the released layout: per-expert matrices, MTP copies, our code and `auto_map`."""
         self.config.auto_map = dict(AUTO_MAP)
-        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
-        if save_original_format and not adapter_only and self.config.num_nextn_predict_layers:
-            state_dict = self.state_dict() if state_dict is None else dict(state_dict)
-            state_dict.update(self.mtp_copies())
-        return super().save_pretrained(
-            save_directory, *args, state_dict=state_dict, save_original_format=save_original_format, **kwargs
-        )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+__all__ = ["AUTO_MAP", "CheckpointLayoutMixin", "MTP_COPIES", "register_with_library"]

@@ -83,7 +83,8 @@ def _module_cross_entropy(hidden, head, labels, label_smoothing, ignore_index):
     """The same through `head(chunk)`, recomputed in the backward: for heads that are more than one matrix."""
 
     def one_chunk(states, target):
-        return token_losses(head(states), target, label_smoothing, ignore_index)
+        logits = head(states)
+        return token_losses(logits, target.to(logits.device), label_smoothing, ignore_index).to(target.device)
 
     rows = chunk_rows(hidden.shape[0], head_vocab_size(head))
     parts = [

@@ -1,7 +1,5 @@
 """The DeepSeek-R1 model and its heads for transformers: language modelling, sequence and token classification."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -9,7 +7,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -23,10 +20,11 @@ from .attention import DeepSeekR1LatentAttention
 from .configuration_deepseek_r1 import DeepSeekR1Config
 from .decoder import DeepSeekR1DecoderLayer
 from .experts import DeepSeekR1Experts
-from .layout import CheckpointLayoutMixin, register_checkpoint_layout
+from .layout import CheckpointLayoutMixin, register_with_library
 from .losses import linear_cross_entropy
 from .mtp import DeepSeekR1MTPLayer, document_ids, shift_left, shifted_labels
 from .norms import DeepSeekR1RMSNorm
+from .outputs import DeepSeekR1CausalLMOutput, last_token_index, token_regression_loss
 from .rotary import DeepSeekR1RotaryEmbedding
 from .routing import DeepSeekR1Router, update_expert_bias
 
@@ -94,16 +92,18 @@ class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
         for router in self.routers.values():
             router.balance_loss_scale.fill_(value)
 
-    def update_expert_bias(self, group=None):
-        """Moves every routing bias one step towards even load; call once after each optimizer step.
+    def update_expert_bias(self, group=None, speed=None):
+        """Moves every routing bias one step of `speed` towards even load; call once after each optimizer step.
 
-        Uses the tokens counted since the last call, summed over the processes of `group` (None: all). The load is kept
-        for `expert_load`. Source: DeepSeek-V3 (arXiv:2412.19437), Sec. 2.1.2. Returns: see `expert_load`.
+        Uses the tokens counted since the last call, summed over the processes of `group` (None: all). `speed`: None is
+        the config's `bias_update_speed`; 0 only measures. The load is kept for `expert_load`.
+        Source: DeepSeek-V3 (arXiv:2412.19437), Sec. 2.1.2. Returns: see `expert_load`.
         """
         routers = self.routers
         if not routers:
             return {}
-        loads = update_expert_bias(list(routers.values()), self.config.bias_update_speed, group)
+        speed = self.config.bias_update_speed if speed is None else speed
+        loads = update_expert_bias(list(routers.values()), speed, group)
         self._expert_load = dict(zip(routers, loads.cpu()))
         return self._expert_load
 
@@ -218,21 +218,6 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-@dataclass
-class DeepSeekR1CausalLMOutput(MoeCausalLMOutputWithPast):
-    """
-    Beside the library's fields (`loss` in nats, `logits`, `past_key_values`, `hidden_states`, `attentions`,
-    `router_logits`):
-
-        mtp_loss: () mean over the prediction depths of their cross-entropy, before `mtp_loss_coef`; in training.
-        token_losses: (B, S) float32, entry i the cross-entropy in nats of predicting token i + 1, 0 where there is no
-            label; with `return_token_losses=True`.
-    """
-
-    mtp_loss: torch.FloatTensor | None = None
-    token_losses: torch.FloatTensor | None = None
-
-
 class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
     """The language model, with its multi-token-prediction layers."""
 
@@ -303,30 +288,43 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
             skip_logits = self.training and labels is not None
         logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
 
-        loss = mtp_loss = token_losses = None
+        losses = {}
         if labels is not None:
-            packed = attention_mask is None and past_key_values is None and position_ids is not None
-            documents = document_ids(position_ids).expand(labels.shape) if packed else None
-            targets = shifted_labels(labels, 1, documents)
-            items = (targets != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss, token_losses = self.cross_entropy(hidden_states, targets)
-            loss = loss / items
-            if self.training and self.trains_mtp:
-                mtp_loss = self.mtp_loss(
-                    hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, labels, documents, **kwargs
-                )
-                mtp_loss = mtp_loss / items
-                loss = loss + self.config.mtp_loss_coef * mtp_loss                        # Eq. 25
+            if attention_mask is not None or past_key_values is not None:
+                documents = None  # one document a row
+            else:
+                documents = None if position_ids is None else document_ids(position_ids).expand(labels.shape)
+            losses = self.losses(hidden_states, labels.to(hidden_states.device), documents, num_items_in_batch, {
+                "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
+                "position_ids": position_ids, **kwargs,
+            })  # fmt: skip
         return DeepSeekR1CausalLMOutput(
-            loss=loss,
+            loss=losses.get("loss"),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            mtp_loss=None if mtp_loss is None else mtp_loss.detach(),
-            token_losses=token_losses if return_token_losses else None,
+            mtp_loss=losses.get("mtp_loss"),
+            token_losses=losses.get("token_losses") if return_token_losses else None,
         )
+
+    def losses(self, hidden_states, labels, documents, num_items_in_batch, mtp_inputs):
+        """-> {"loss" (), "token_losses" (B, S), in training with MTP also "mtp_loss" () without gradient}, in nats.
+
+        Shapes: hidden_states (B, S, D), labels (B, S), documents (B, S) or None; `mtp_inputs`: as `mtp_hidden_states`
+        takes them.
+        """
+        targets = shifted_labels(labels, 1, None if documents is None else documents.to(labels.device))
+        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items, device=labels.device).clamp_min(1)
+        loss, token_losses = self.cross_entropy(hidden_states, targets)
+        result = {"loss": loss / items, "token_losses": token_losses}
+        if self.training and self.trains_mtp:
+            mtp_loss = self.mtp_loss(hidden_states, labels, documents, mtp_inputs) / items
+            result["loss"] = result["loss"] + self.config.mtp_loss_coef * mtp_loss                # Eq. 25
+            result["mtp_loss"] = mtp_loss.detach()
+        return result
 
     def cross_entropy(self, hidden_states, targets):
         """(B, S, D) and (B, S) -> sum of the cross-entropies () with gradients, per token (B, S) without; in nats."""
@@ -358,38 +356,14 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
             )
             yield hidden_states
 
-    def mtp_loss(
-        self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, labels, documents, **kwargs
-    ):
+    def mtp_loss(self, hidden_states, labels, documents, mtp_inputs):
         """() mean over the depths of the summed cross-entropy, in nats (V3, Eqs. 24, 25 without lambda and 1 / T)."""
-        states = self.mtp_hidden_states(
-            hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs
-        )
+        states = self.mtp_hidden_states(hidden_states, **mtp_inputs)
         sums = [
-            self.cross_entropy(at_depth, shifted_labels(labels, depth + 1, documents))[0]
+            self.cross_entropy(at_depth, shifted_labels(labels.to(at_depth.device), depth + 1, documents))[0]
             for depth, at_depth in enumerate(states, start=1)
         ]
         return torch.stack(sums).mean()
-
-
-def last_token_index(input_ids, attention_mask, pad_token_id, rows, length, device):
-    """(B,) index of each row's last real token, whichever side the padding is on.
-
-    Taken from the attention mask if given, else from `pad_token_id`; raises ValueError if several rows could be padded
-    and neither can tell.
-    """
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -length:].bool()
-    elif pad_token_id is not None and input_ids is not None:
-        real = input_ids != pad_token_id
-    elif rows == 1:
-        real = torch.ones(1, length, dtype=torch.bool, device=device)
-    else:
-        raise ValueError(
-            f"cannot find the last token of {rows} rows: pass attention_mask, or set pad_token_id in the config"
-        )
-    positions = torch.arange(length, device=device)
-    return (real.to(device) * positions).argmax(-1)
 
 
 class DeepSeekR1ForSequenceClassification(DeepSeekR1PreTrainedModel):
@@ -424,7 +398,7 @@ class DeepSeekR1ForSequenceClassification(DeepSeekR1PreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),  # a cache is of no use here, and with one packed documents see each other
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -469,20 +443,23 @@ class DeepSeekR1ForTokenClassification(DeepSeekR1PreTrainedModel):
         num_items_in_batch=None,
         **kwargs,
     ):
-        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored: the mean over them, or the
-        sum over `num_items_in_batch`, as trainers pass it under gradient accumulation. Others: see the model."""
+        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored: cross-entropy of int64 classes,
+        or with one label the squared error of float values; the mean over them, or the sum over `num_items_in_batch`,
+        as trainers pass it under gradient accumulation. Others: see the model."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
-        if labels is not None:
+        if labels is not None and self.num_labels == 1:
+            loss = token_regression_loss(logits, labels, num_items_in_batch)
+        elif labels is not None:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -495,7 +472,7 @@ DeepSeekR1ForSequenceClassification.register_for_auto_class("AutoModelForSequenc
 DeepSeekR1ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 DeepSeekR1Config.register_for_auto_class("AutoConfig")
 # Here and not in the package's __init__, so that custom code loaded from a folder does it too.
-register_checkpoint_layout()
+register_with_library()
 
 __all__ = [
     "DeepSeekR1CausalLMOutput",

@@ -1,7 +1,22 @@
-"""Normalisation and regularisation layers used by every block."""
+"""Small layers used by every block: normalisation, regularisation, buffers that keep their precision."""
 
 import torch
 from torch import nn
+
+
+class ExactBuffers(nn.Module):
+    """A module whose fp32 buffers stay fp32 whatever the module is cast to.
+
+    In bf16 a routing bias of 0.5 plus 0.001 is 0.5, and a rotary angle at position 4,000 is off by more than a radian.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = {name: value for name, value in self._buffers.items() if value.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
 
 
 class DeepSeekR1RMSNorm(nn.Module):

@@ -3,11 +3,12 @@
 import math
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .norms import ExactBuffers
 
-class DeepSeekR1RotaryEmbedding(nn.Module):
+
+class DeepSeekR1RotaryEmbedding(ExactBuffers):
     """Angles of the rotary positions.
 
     Source: RoFormer (arXiv:2104.09864), Sec. 3.2.2; YaRN (arXiv:2309.00071), Sec. 3. YaRN's `mscale` enters here as

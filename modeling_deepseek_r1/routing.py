@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .norms import ExactBuffers
+
 
 class _AttachRouterLoss(torch.autograd.Function):
     """Identity on the gate values; its backward feeds `loss_scale` to `loss` and adds `counts` to `load_counts`."""
 
     @staticmethod
     def forward(ctx, weights, loss, loss_scale, load_counts, counts):
-        ctx.save_for_backward(loss_scale, counts)
+        ctx.save_for_backward(loss_scale.clone(), counts)  # the scale may be set anew before the backward
         ctx.load_counts = load_counts
         return weights.view_as(weights)
 
@@ -25,7 +27,7 @@ class _AttachRouterLoss(torch.autograd.Function):
     def backward(ctx, grad_weights):
         loss_scale, counts = ctx.saved_tensors
         ctx.load_counts.add_(counts)
-        return grad_weights, loss_scale.clone(), None, None, None
+        return grad_weights, loss_scale, None, None, None
 
 
 def sequence_balance_loss(affinities, indices, token_mask=None, segment_ids=None):
@@ -64,7 +66,7 @@ def sequence_balance_loss(affinities, indices, token_mask=None, segment_ids=None
     return (frequency.detach() * probability).sum() / present, chosen.detach().sum(0).long()   # Eq. 17
 
 
-class DeepSeekR1Router(nn.Module):
+class DeepSeekR1Router(ExactBuffers):
     """Token-choice top-k routing. Subclasses say how logits become scores and how experts are chosen from them.
 
     Shapes (T tokens = B * S, D hidden_size, E experts, K num_experts_per_tok):
@@ -89,15 +91,6 @@ class DeepSeekR1Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.register_buffer("load_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("balance_loss_scale", torch.ones((), dtype=torch.float32), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # `.to(bfloat16)` must not touch these: in bf16, 0.5 + 0.001 is 0.5 and the bias would stand still.
-        exact = {name: value for name, value in self._buffers.items() if value.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            if self._buffers[name].dtype != torch.float32:
-                self._buffers[name] = value.to(self._buffers[name].device)
-        return self
 
     def score(self, logits):
         """(T, E) logits -> (T, E) affinities."""
@@ -199,12 +192,13 @@ def update_expert_bias(routers, speed, group=None):
     Source: DeepSeek-V3, Sec. 2.1.2; arXiv:2408.15664, Algorithm 1.
 
     Args:
-        routers: `DeepSeekR1Router`s with equal `num_experts` and on one device, in the same order on every process.
+        routers: `DeepSeekR1Router`s with equal `num_experts`, in the same order on every process.
         speed: gamma, in units of affinity a step.
     Returns:
         (routers, E) int64 tokens that each expert was given, over all processes.
     """
-    loads = torch.stack([router.load_counts for router in routers])
+    device = routers[0].load_counts.device
+    loads = torch.stack([router.load_counts.to(device) for router in routers])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads, group=group)
     # mean - load_i, times E to stay in integers

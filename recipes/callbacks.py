@@ -1,6 +1,10 @@
 """The callback that balances the experts under any trainer of transformers or TRL."""
 
+import logging
+
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 def balanced_model(model):
@@ -24,13 +28,21 @@ class ExpertBalanceCallback(TrainerCallback):
     it sets the factor on the injected balance-loss gradient to loss scale / micro-batches of the step, so that this
     gradient is the mean over the step's micro-batches whatever their number and under an fp16 loss scaler.
 
-    A step that an fp16 scaler skips drops its counts. Where the training data have no length, the factor of a last,
+    A step that an fp16 scaler skips drops its counts. Where no router is trained (adapters on other layers), the biases stay
+    as they are and the load is only measured: an adapter file does not carry biases, and the model without its adapter must
+    remain the base model. Where the training data have no length, the factor of a last,
     incomplete group of micro-batches is that of a complete one.
     """
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         # On the outermost module, which is the one DDP looks at; a wrapper changes the buffers' names.
-        balanced_model(model)
+        config = balanced_model(model).config
+        smoothing = getattr(args, "label_smoothing_factor", 0.0)
+        if smoothing and smoothing != config.label_smoothing:
+            logger.warning(
+                "label_smoothing_factor=%s makes the trainer compute the loss itself, with all logits in memory and "
+                "without MTP; set config.label_smoothing=%s and leave label_smoothing_factor at 0", smoothing, smoothing,
+            )  # fmt: skip
         model._ddp_params_and_buffers_to_ignore = [
             name for name, _ in model.named_buffers() if name.endswith("load_counts")
         ]
@@ -40,6 +52,8 @@ class ExpertBalanceCallback(TrainerCallback):
         padding_free = getattr(args, "padding_free", False) or getattr(args, "packing", False)
         getattr(model, model.base_model_prefix, model).balance_per_document = bool(padding_free)
         model.discard_expert_counts()
+        if model.routers and not trains_routers(model):
+            logger.warning("no router is trained: routing biases stay as they are, the expert load is only measured")
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         scaler = getattr(optimizer, "scaler", None)
@@ -52,10 +66,15 @@ class ExpertBalanceCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):
             model.discard_expert_counts()
         else:
-            model.update_expert_bias()
+            model.update_expert_bias(speed=None if trains_routers(model) else 0.0)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         balanced_model(model).balance_loss_scale = 1.0
+
+
+def trains_routers(model):
+    """Whether any router's weight is trained."""
+    return any(router.weight.requires_grad for router in model.routers.values())
 
 
 def micro_batches_of_step(args, state, train_dataloader):

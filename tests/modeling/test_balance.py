@@ -314,3 +314,35 @@ def test_default_speed_evens_the_load_without_hurting_the_loss():
     assert all(layer["summed"] <= 1.3 for result in balanced for layer in result["layers"])
     mean = lambda results: sum(result["loss"] for result in results) / len(results)
     assert mean(balanced) <= 1.01 * mean(plain)
+
+
+def test_frozen_routers_keep_their_bias_and_are_measured(caplog):
+    """As with adapters on other layers: an adapter file does not carry biases."""
+    model = tiny_model(bias_update_speed=0.01).train()
+    callback = ExpertBalanceCallback()
+    for router in model.routers.values():
+        router.weight.requires_grad_(False)
+    callback.on_train_begin(TrainingArguments(output_dir="unused", use_cpu=True), None, None, model=model)
+    assert "no router is trained" in caplog.text
+    ids = torch.randint(3, 64, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert not any(router.e_score_correction_bias.any() for router in model.routers.values())
+    assert int(model.expert_load[1].sum()) == 2 * 8 * 2
+
+
+def test_z_loss_gradient_equals_its_definition():
+    model = tiny_model(seq_aux_loss_alpha=0.0, router_z_loss_coef=0.1).train()
+    router, states = model.routers[1], torch.randn(2, 6, 32)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    (router(states, mask)[1].sum() * 0.0).backward()                       # only the injected part is left
+    weight = router.weight.detach().clone().requires_grad_()
+    z = (states @ weight.t()).logsumexp(-1).square()[mask].mean()
+    torch.testing.assert_close(router.weight.grad, torch.autograd.grad(0.1 * z, weight)[0])
+
+
+def test_callback_warns_of_the_trainers_own_label_smoothing(caplog):
+    args = TrainingArguments(output_dir="unused", use_cpu=True, label_smoothing_factor=0.1)
+    ExpertBalanceCallback().on_init_end(args, None, None, model=tiny_model())
+    assert "config.label_smoothing=0.1" in caplog.text

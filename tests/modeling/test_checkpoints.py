@@ -343,3 +343,57 @@ def test_safetensors_header_is_metadata_complete(saved):
     _, folder = saved
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+def test_fp8_weights_stay_in_fp8_where_the_hardware_has_it(saved, monkeypatch):
+    """The load path of a card with FP8, made on the CPU: `eh_proj` is in bf16 in the file and must be expected so."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    _, folder = saved
+    to_fp8(folder)
+    loaded, info = DeepSeekR1ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.model.layers[3].eh_proj.weight.dtype == torch.bfloat16
+    assert loaded.model.layers[0].self_attn.o_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_loading_by_assignment_takes_the_experts(saved):
+    model, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    with torch.device("meta"):
+        empty = DeepSeekR1ForCausalLM(model.config)
+    empty.load_state_dict(tensors, strict=True, assign=True)
+    assert torch.equal(empty.model.layers[1].mlp.experts.down_proj, model.model.layers[1].mlp.experts.down_proj)
+    del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts: only 23 of 24"):
+        tiny_model().load_state_dict(tensors, strict=True, assign=True)
+
+
+def test_mtp_copies_are_those_of_the_given_state_dict(saved):
+    model, folder = saved
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    model.save_pretrained(folder.parent / "other", state_dict=other)
+    tensors = load_file(folder.parent / "other" / "model.safetensors")
+    assert set(tensors) == released_keys()
+    assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
+
+
+def test_export_refuses_a_reward_model(saved, capsys):
+    _, folder = saved
+    reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    reward.save_pretrained(folder.parent / "reward")
+    assert main(["export", str(folder.parent / "reward"), str(folder.parent / "v3")]) == 1
+    assert "DeepSeekR1ForSequenceClassification" in capsys.readouterr().err
+
+
+def test_auto_tokenizer_serves_the_model_type(saved):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from tests.modeling.test_balance import tiny_tokenizer
+
+    _, folder = saved
+    tiny_tokenizer().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer("t5 t6")["input_ids"] == [5, 6]

@@ -41,6 +41,8 @@ IMPOSSIBLE = [
     ({"bias_update_speed": -0.001}, ["bias_update_speed=-0.001"]),
     ({"seq_aux_loss_alpha": -1.0}, ["seq_aux_loss_alpha=-1.0"]),
     ({"router_z_loss_coef": -1.0}, ["router_z_loss_coef=-1.0"]),
+    ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, ["rope_type='nope'", "yarn"]),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["factor", "'yarn'"]),
     ({"n_shared_experts": -1}, ["n_shared_experts=-1"]),
     ({"num_experts_per_tok": None}, ["num_experts_per_tok=None"]),
     ({"hidden_act": "no_such_function"}, ["hidden_act", "no_such_function"]),
@@ -88,3 +90,11 @@ def test_possible_configurations_survive_a_round_trip(changes, tmp_path):
     config = tiny_config(**changes)
     config.save_pretrained(tmp_path)
     assert DeepSeekR1Config.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_v2_files_get_the_defaults_of_v2():
+    config = DeepSeekR1Config(model_type="deepseek_v2")
+    assert (config.scoring_func, config.topk_method, config.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (config.routed_scaling_factor, config.num_nextn_predict_layers) == (1.0, 0)
+    kept = DeepSeekR1Config(model_type="deepseek_v2", num_nextn_predict_layers=1, routed_scaling_factor=16.0)
+    assert (kept.routed_scaling_factor, kept.num_nextn_predict_layers) == (16.0, 1)

@@ -125,3 +125,17 @@ def test_generates_with_dynamic_and_static_caches():
     dynamic = model.generate(ids, max_new_tokens=12, do_sample=False)
     static = model.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation="static")
     assert dynamic.shape == (2, 20) and (dynamic == static).float().mean() > 0.9       # bf16 near-ties may differ
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_loss_with_layers_on_two_devices(tmp_path):
+    model = wide_model(num_nextn_predict_layers=1)
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 0,
+              "model.layers.2": 1, "model.layers.3": 1, "model.norm": 1, "lm_head": 1}  # fmt: skip
+    spread = type(model).from_pretrained(tmp_path, device_map=places).train()
+    ids = torch.randint(3, 64, (2, 12), device="cuda:0")
+    losses = [m.train()(input_ids=ids, labels=ids).loss for m in (model, spread)]
+    torch.testing.assert_close(losses[0].cpu(), losses[1].cpu(), rtol=1e-4, atol=1e-5)
+    losses[1].backward()
+    assert set(spread.update_expert_bias()) == {1, 2, 3}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from modeling_deepseek_r1 import DeepSeekR1ForSequenceClassification, DeepSeekR1ForTokenClassification
 
-from .helpers import close, padded, random_ids, tiny_model
+from .helpers import close, padded, random_ids, tiny_config, tiny_model
 
 
 def sequence_model(**changes):
@@ -107,3 +107,23 @@ def test_gradient_accumulation_in_the_trainer(model_class, tmp_path):
         weights.append(model.score.weight.detach().clone())
         assert (weights[-1] - before).abs().max() > 1e-3
     close(weights[0], weights[1])
+
+
+def test_one_label_per_token_is_a_regression():
+    """Values and process rewards: the mean squared error over the tokens that have a target."""
+    model = DeepSeekR1ForTokenClassification(tiny_config(num_labels=1)).train()
+    ids, targets = random_ids(2, 6), torch.randn(2, 6)
+    targets[0, :3] = -100
+    output = model(input_ids=ids, labels=targets)
+    expected = ((output.logits.squeeze(-1) - targets)[targets != -100] ** 2).mean()
+    torch.testing.assert_close(output.loss, expected)
+    halves = sum(model(input_ids=i, labels=t, num_items_in_batch=9).loss for i, t in zip(ids.split(1), targets.split(1)))
+    torch.testing.assert_close(halves, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_documents_do_not_see_each_other_in_the_heads(training):
+    model = DeepSeekR1ForTokenClassification(tiny_config()).train(training)
+    ids, positions = random_ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = model(input_ids=ids, position_ids=positions).logits
+    torch.testing.assert_close(packed[:, 4:], model(input_ids=ids[:, 4:]).logits, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from transformers.distributed import DistributedConfig
 from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
+from modeling_deepseek_r1.checkpoint_files import weight_files
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")
@@ -40,6 +41,7 @@ for name, plan in (("tp", dict(tp_size=2, tp_plan="auto")), ("fsdp", dict(fsdp_s
     dist.barrier()
     again = DeepSeekR1ForCausalLM.from_pretrained(f"{folder}-{name}")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters())), name
+    assert set(weight_files(f"{folder}-{name}")) == set(weight_files(folder)), name
     dist.barrier()
 dist.destroy_process_group()
 """

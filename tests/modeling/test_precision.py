@@ -6,7 +6,7 @@ import torch
 from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
 from modeling_deepseek_r1.norms import DeepSeekR1RMSNorm
 
-from .helpers import close, library_twin, random_ids, tiny_model
+from .helpers import close, library_twin, random_ids, tiny_config, tiny_model
 
 CASTS = {
     "to_bfloat16": lambda model: model.to(torch.bfloat16),
@@ -138,3 +138,12 @@ def test_a_batch_overfits(mode):
     assert scaler.get_scale() == (2.0**12 if mode == "fp16_scaler" else 1.0)  # no step overflowed
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all() and not torch.equal(parameter, before[name]), name
+
+
+def test_rotary_angles_survive_a_cast():
+    model = DeepSeekR1ForCausalLM(tiny_config(max_position_embeddings=8192))
+    rotary, positions = model.model.rotary_emb, torch.arange(4000, 4100).unsqueeze(0)
+    exact = rotary(torch.zeros(1), positions)
+    model.bfloat16()
+    for ours, theirs in zip(model.model.rotary_emb(torch.zeros(1), positions), exact):
+        assert torch.equal(ours, theirs)
