@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 
 # What a run folder holds beside the model.
-NOT_UPLOADED = ["checkpoint-*", "*.partial*", "runs/*", "logs/*"]
+NOT_UPLOADED = ["checkpoint-*", "abandoned-checkpoint-*", ".removing-*", "*.partial*", "runs/*", "logs/*"]
 TOKENS = 16
 
 FRESH_PROCESS = """

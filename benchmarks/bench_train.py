@@ -23,7 +23,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# DESIGN: 1.813 B parameters, 0.366 B active.
+# 1.813 B parameters, 0.366 B active.
 REFERENCE = dict(
     vocab_size=65536, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=704, num_hidden_layers=12,
     num_attention_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6, kv_lora_rank=512,

@@ -101,6 +101,7 @@ class CheckpointMixin:
         choice = resume_from_checkpoint
         if choice is None:
             choice = getattr(self.args, "resume_from_checkpoint", None)
+        self._on_first_rank(self._sweep)
         path = self._on_first_rank(lambda: resolve_resume(choice, self.args.output_dir))
         if path is None:
             self._on_first_rank(self._require_fresh_output_dir)
@@ -125,6 +126,26 @@ class CheckpointMixin:
 
     # -- before training
 
+    def _sweep(self):
+        """What a kill in the middle of a removal left."""
+        for doomed in Path(self.args.output_dir).glob(".removing-checkpoint-*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def save_model(self, *args, **kwargs):
+        """As in Trainer, but a full disk is named together with the checkpoint that is intact."""
+        try:
+            return super().save_model(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, CheckpointSaveError) or not _is_write_failure(error):
+                raise
+            kept = [path.name for _, path in list_checkpoints(self.args.output_dir) if find_problem(path, False) is None]
+            raise CheckpointSaveError(
+                f"could not save the model in {self.args.output_dir} ({error}): "
+                f"{shutil.disk_usage(self.args.output_dir).free:,} bytes free; "
+                f"{kept[-1] + ' is intact' if kept else 'there is no checkpoint'}. Free space, then "
+                "--resume_from_checkpoint true finishes the run"
+            ) from error
+
     def _require_fresh_output_dir(self):
         existing = [path for _, path in list_checkpoints(self.args.output_dir)]
         kept = [path for path in existing if not is_unfinished(path)]
@@ -139,6 +160,12 @@ class CheckpointMixin:
             self._remove(path)
 
     def _check_config(self, path):
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not (Path(path) / "optimizer.pt").is_file():
+            raise ValueError(
+                f"{path} has no optimizer.pt (save_only_model?): the optimizer and the schedule would start anew; "
+                "start a new run from its weights with --model_name_or_path"
+            )
         file = Path(path) / RUN_CONFIG
         if not file.is_file():
             logger.warning("resume: %s has no %s, the config is not compared", path, RUN_CONFIG)

@@ -21,6 +21,7 @@ __all__ = ["PackedTokens", "PackingCollator", "bits_per_byte", "check_vocabulary
            "load_pretraining_data", "load_text_dataset", "pack_texts", "split_documents"]
 
 FORMAT, VERSION = "packed-tokens", 1
+STREAM_VALIDATION_TOKENS = 1 << 20
 HELD_OUT_FROM = 10_000  # documents at the head of a stream that its held-out split is taken from
 
 
@@ -213,6 +214,37 @@ def _check_same_tokenizer(folder, tokenizer):
                          f"take {path.parent} as tokenizer, or prepare the data again with --from_folder")
 
 
+def check_enough_rows(train, args):
+    """ValueError if the training rows do not fill one batch of every process (Trainer would train on nothing)."""
+    needed = args.per_device_train_batch_size * args.world_size
+    if hasattr(train, "__len__") and len(train) < needed:
+        raise ValueError(f"{len(train)} training rows of sequence_length={args.sequence_length} do not fill a batch of "
+                         f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} "
+                         "process(es); lower the batch size or sequence_length, or add text")
+
+
+def _checksum(dataset):
+    """Of a packed split, from its manifest; None for other data."""
+    if not isinstance(dataset, PackedTokens):
+        return None
+    files = dataset.manifest["splits"]["train"]["files"]
+    sums = "".join(file["sha256"] + file["documents_sha256"] for file in files)
+    return hashlib.sha256((sums + dataset.manifest["tokenizer_sha256"]).encode()).hexdigest()
+
+
+def _leading(texts, tokenizer, max_tokens):
+    """Documents of `texts` until `max_tokens` tokens are passed (None: all)."""
+    taken = 0
+    for text in texts:
+        if not text or not text.strip():
+            continue
+        if max_tokens is not None:
+            if taken >= max_tokens:
+                return
+            taken += len(tokenizer(text)["input_ids"]) + 1
+        yield text
+
+
 def load_pretraining_data(dataset_name, tokenizer, sequence_length, *, streaming=False, text_column="text",
                           seed=0, validation_fraction=0.01, errors="strict", shuffle_buffer=1000,
                           max_validation_tokens=None):
@@ -221,10 +253,11 @@ def load_pretraining_data(dataset_name, tokenizer, sequence_length, *, streaming
     Args:
         dataset_name: a packed folder, or anything `load_text_dataset` takes.
         validation_fraction: of the documents, held out where the data has no validation split; 0: none.
-        max_validation_tokens: evaluate on leading whole documents up to this many (packed folders).
+        max_validation_tokens: evaluate on leading whole documents up to about this many. None: all, of a
+            stream at most STREAM_VALIDATION_TOKENS.
     Returns:
         (train, validation, info): info has kind ("packed", "texts" or "stream"), dataset_name, sources,
-        train_tokens (None for a stream), validation_tokens (0 without).
+        train_tokens (None for a stream), validation_tokens (0 without), checksum (packed folders).
     """
     evaluation = sequence_length - 1
     if is_packed_folder(dataset_name):
@@ -237,17 +270,20 @@ def load_pretraining_data(dataset_name, tokenizer, sequence_length, *, streaming
     else:
         documents = load_text_dataset(dataset_name, "train", text_column, streaming, errors)
         if has_split(dataset_name, "validation"):
-            held_out = load_text_dataset(dataset_name, "validation", text_column, False, errors)
+            held_out = load_text_dataset(dataset_name, "validation", text_column, streaming, errors)
         elif validation_fraction:
             documents, held_out = split_documents(documents, validation_fraction, text_column)
         else:
             held_out = None
         train = pack_texts(documents, tokenizer, sequence_length, text_column=text_column, seed=seed,
                            shuffle_buffer=shuffle_buffer)
-        validation = None if held_out is None else pack_texts(
-            held_out, tokenizer, sequence_length, text_column=text_column, shuffle=False, stride=evaluation)
+        if streaming and max_validation_tokens is None:
+            max_validation_tokens = STREAM_VALIDATION_TOKENS
+        texts = None if held_out is None else (row[text_column] for row in held_out)
+        validation = None if texts is None else PackedArray(
+            _leading(texts, tokenizer, max_validation_tokens), tokenizer, sequence_length, evaluation, "text")
         kind = "stream" if streaming else "texts"
     return train, validation, {
         "kind": kind, "dataset_name": str(dataset_name), "sources": getattr(train, "sources", ["text"]),
-        "train_tokens": getattr(train, "total_tokens", None),
+        "train_tokens": getattr(train, "total_tokens", None), "checksum": _checksum(train),
         "validation_tokens": validation.total_tokens if validation is not None else 0}

@@ -103,7 +103,9 @@ def _jsonable(value):
 class RunLogCallback(TrainerCallback):
     """Console lines, progress bar and metrics.jsonl, on the first process only."""
 
-    def __init__(self, output_dir, show_bar=True):
+    def __init__(self, output_dir, show_bar=True, announce=None):
+        """`announce()`: called when training begins, that is after the checks of a resumed run."""
+        self.announce = announce
         self.path = Path(output_dir) / METRICS_FILE
         self.show_bar = show_bar
         self.bar = self.eval_bar = None
@@ -122,6 +124,8 @@ class RunLogCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        if self.announce is not None:
+            self.announce()
         kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= state.global_step and state.global_step > 0]
         write_atomically(self.path, "".join(_jsonable(record) + "\n" for record in kept))
         if self.show_bar:
@@ -162,6 +166,12 @@ class SampleCallback(TrainerCallback):
         self.log, self.tokenizer, self.prompts = log, tokenizer, list(prompts)
         self.steps, self.new_tokens, self.speed, self.seed = steps, new_tokens, speed, seed
         self.last_step = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run does not repeat the samples of the step that it resumes at."""
+        written = [r["step"] for r in read_metrics(self.log.path) if r.get("kind") == "samples"]
+        if state.global_step and state.global_step in written:
+            self.last_step = state.global_step
 
     def generate(self, model, synced=False):
         """[{"prompt", "completion"}] by sampling at temperature 0.8; the model's mode is restored."""
@@ -212,6 +222,8 @@ def git_commit():
     """Commit of the code that runs, with `-dirty` where files differ; or why there is none."""
     folder = Path(__file__).resolve().parent
     try:
+        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, check=True, timeout=10)  # not somebody else's checkout
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

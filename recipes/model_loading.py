@@ -40,7 +40,24 @@ def load_tokenizer(args):
             f"dataset_name={args.dataset_name} does not exist yet; make it: python -m data_scripts.prepare_pretraining "
             f"--output_dir {args.dataset_name} --size {size if size in ('tiny', 'nano') else 'nano'}"
         )
-    return AutoTokenizer.from_pretrained(find_tokenizer(args))
+    tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(args))
+    if args.model_name_or_path:
+        _check_same_vocabulary(tokenizer, args.model_name_or_path)
+    return tokenizer
+
+
+def _check_same_vocabulary(tokenizer, model):
+    """ValueError if the weights come with another vocabulary: they would read every token as something else."""
+    try:
+        own = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError):
+        return  # the weights bring no tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"model_name_or_path={model} has another vocabulary ({len(own)} tokens) than the data's tokenizer "
+            f"({len(tokenizer)} tokens, {tokenizer.name_or_path}); prepare the data with the model's: "
+            f"python -m data_scripts.prepare_pretraining --from_folder {model} ..."
+        )
 
 
 def build_config(args, tokenizer=None):

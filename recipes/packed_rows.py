@@ -194,12 +194,19 @@ class PackingCollator:
 
     `position_ids` are left out when every row is a single document, so that the model takes its fast
     causal path; an `attention_mask` is kept only where it masks something.
+
+    Args:
+        same_keys: keep `position_ids` always: where one process reads the stream for all, batches are
+            joined before they are sent, and what one of them lacks would be lost to the others.
     """
+
+    def __init__(self, same_keys=False):
+        self.same_keys = same_keys
 
     def __call__(self, rows):
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]).long() for name in rows[0]}
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-        if positions is not None and (positions == torch.arange(positions.shape[1])).all():
+        if not self.same_keys and positions is not None and (positions == torch.arange(positions.shape[1])).all():
             del batch["position_ids"]
         if mask is not None and mask.all():
             del batch["attention_mask"]

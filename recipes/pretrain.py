@@ -18,7 +18,7 @@ import transformers
 from transformers import set_seed
 
 from recipes.callbacks import ExpertBalanceCallback
-from recipes.data import PackingCollator, load_pretraining_data
+from recipes.data import PackingCollator, check_enough_rows, load_pretraining_data
 from recipes.ema import EMACallback
 from recipes.logging_callbacks import RunLogCallback, SampleCallback
 from recipes.model_loading import build_config, build_model, load_tokenizer
@@ -29,7 +29,7 @@ from recipes.sizing import sizing_table
 
 
 def build_trainer(args, model, tokenizer):
-    """The trainer with its data and callbacks; prints what the run is and writes config.yaml."""
+    """The trainer with its data and callbacks."""
     train, validation, info = load_pretraining_data(
         args.dataset_name,
         tokenizer,
@@ -39,24 +39,25 @@ def build_trainer(args, model, tokenizer):
         seed=args.seed if args.data_seed is None else args.data_seed,
         validation_fraction=args.validation_fraction,
         max_validation_tokens=args.max_validation_tokens,
+        errors=args.errors,
     )
+    check_enough_rows(train, args)
     trainer = PretrainTrainer(
         model=model,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=PackingCollator(),
+        data_collator=PackingCollator(same_keys=args.streaming and args.world_size > 1),
         processing_class=tokenizer,
         callbacks=[ExpertBalanceCallback()],
     )
-    trainer.resume_guard = {"train_tokens": info["train_tokens"]}
-    log = RunLogCallback(args.output_dir, show_bar=not args.disable_tqdm)
+    trainer.resume_guard = {"train_tokens": info["train_tokens"], "train_data": info["checksum"]}
+    log = RunLogCallback(args.output_dir, show_bar=not args.disable_tqdm, announce=lambda: announce_run(trainer, info))
     samples = SampleCallback(log, tokenizer, args.sample_prompts, args.sample_steps, args.sample_tokens, trainer.speed)
     trainer.add_callback(samples)  # before the log: it closes the progress bar when training ends
     trainer.add_callback(log)
     if args.ema_decay:
         trainer.add_callback(EMACallback(args.ema_decay))
-    announce_run(trainer, info)
     return trainer
 
 
@@ -79,4 +80,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what a user can mend needs no traceback
+        sys.exit(f"{type(error).__name__}: {error}")

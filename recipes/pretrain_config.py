@@ -48,6 +48,7 @@ class PretrainConfig(TrainingArguments):
     )
     # -- data
     dataset_name: str | None = _setting(None, "Hub name, folder, .jsonl or text file of training documents.")
+    errors: str = _setting("strict", "Unreadable files and lines: strict stops, skip leaves them out and counts them.")
     text_column: str = _setting("text", "Column that holds a document's text.")
     sequence_length: int = _setting(2048, "Tokens in a packed training row.")
     streaming: bool = _setting(False, "Read the data set as a stream (needs max_steps or max_train_tokens).")
@@ -191,10 +192,19 @@ class PretrainConfig(TrainingArguments):
                 raise ValueError(
                     f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type=reduce_lr_on_plateau; set 0"
                 )
-        used = self.get_warmup_steps(self.max_steps) + int(options.get("num_decay_steps") or 0)
+        decay = self.lr_scheduler_kwargs.get("num_decay_steps") or 0
+        if 0 < decay < 1:
+            if self.max_steps <= 0:
+                raise ValueError(
+                    f"lr_scheduler_kwargs.num_decay_steps={decay} is a share of max_steps, which is not set; give steps"
+                )
+            decay = self.lr_scheduler_kwargs["num_decay_steps"] = round(decay * self.max_steps)
+        stable = self.lr_scheduler_kwargs.get("num_stable_steps") or 0
+        used = self.get_warmup_steps(self.max_steps) + int(stable) + int(decay)
         if self.max_steps > 0 and used > self.max_steps:
             raise ValueError(
-                f"warmup_steps and num_decay_steps together take {used} steps, more than max_steps={self.max_steps}"
+                f"warmup_steps, num_stable_steps and num_decay_steps together take {used} steps, more than max_steps="
+                f"{self.max_steps}; a value below 1 is a share of max_steps"
             )
 
 
@@ -238,8 +248,16 @@ def _read_yaml(path):
 
 
 def _apply_dotted(values, args):
-    """Move `--model_config.hidden_size 64` from the command line into `values`; returns the other arguments."""
+    """Move `--model_config.hidden_size 64` from the command line into `values`; returns the other arguments.
+
+    A whole group given as well (`--model_config '{}'`) is the start that the single values are laid over.
+    """
+    groups = {match[1] for arg in args if (match := re.match(r"--(\w+)\.\w+", arg))}
     rest, position = [], 0
+    for name in sorted(groups & {arg[2:] for arg in args}):
+        index = args.index(f"--{name}")
+        values[name] = yaml.safe_load(args[index + 1]) or {}
+        args = args[:index] + args[index + 2 :]
     while position < len(args):
         match = re.match(r"--(\w+)\.(\w+)(?:=(.*))?$", args[position], re.DOTALL)
         if not match:

@@ -6,7 +6,7 @@ import math
 import time
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -90,7 +90,17 @@ class EndlessStream(IterableDataset):
         for epoch in itertools.count():
             if hasattr(self.stream, "set_epoch"):
                 self.stream.set_epoch(epoch)
-            yield from self.stream
+            empty = True
+            for row in self.stream:
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(
+                    "the stream gave no row of sequence_length tokens" + (
+                        " to one of its dataloader_num_workers: it has fewer shards than workers; lower that number"
+                        if get_worker_info() else ": it has too little text; lower sequence_length or add text"
+                    )
+                )  # fmt: skip
 
 
 class RowsWithSources(Dataset):

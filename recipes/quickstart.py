@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # launched as a script: recipes/ is first on the 
 
 from data_scripts import prepare_pretraining
 from recipes import pretrain
+from recipes.pretrain_config import PretrainConfig, parse_config
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "pretrain_tiny.yaml"
 
@@ -37,13 +38,16 @@ def main(argv=None):
     data, run = Path(args.output_dir) / "data", Path(args.output_dir) / "pretrain"
     seconds = {}
 
+    command = ["--config", str(CONFIG), "--dataset_name", str(data), "--output_dir", str(run), *overrides]
+    command += ["--resume_from_checkpoint", "auto"]
+    parse_config(PretrainConfig, command)  # a mistyped key is said now, not after the data is made
+
     clock = stage(1, "data and tokenizer")
     print(prepare_pretraining.summary(prepare_pretraining.prepare(data, size="tiny")))
     seconds["data"] = clock()
 
     clock = stage(2, "pretraining")
-    command = ["--config", str(CONFIG), "--dataset_name", str(data), "--output_dir", str(run)]
-    result = pretrain.main([*command, "--resume_from_checkpoint", "auto", *overrides])
+    result = pretrain.main(command)
     seconds["pretraining"] = clock()
 
     report = run / "report.html"
@@ -54,4 +58,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what a user can mend needs no traceback
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -30,9 +30,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 REPORT_FILE = "report.html"
-BIAS_OFF_LOAD = (
-    4.0  # load max/mean without the bias update, 16 experts top-4, 200 steps of transformers' DeepseekV3: 3.95
-)
 COLORS = ("#1f5fa8", "#c8502e", "#2f8a57", "#8257a8", "#a8842a", "#4a9aa8", "#8a3a5a", "#555555")
 STYLE = """
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2329;background:#f6f7f8;margin:0}
@@ -45,7 +42,7 @@ section,.card{background:#fff;border:1px solid #dfe3e7;border-radius:8px;padding
 .plots svg{width:100%;height:auto;display:block}figcaption{color:#59636e;font-size:.85rem;padding:.2rem .4rem}
 table{border-collapse:collapse;width:100%}
 td,th{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #eceff1;vertical-align:top}
-td:last-child{font-variant-numeric:tabular-nums}th{font-weight:600}
+td:last-child{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}th{font-weight:600}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;
 background:#f6f7f8;padding:.8rem;border-radius:6px;font-size:.85rem;margin:.4rem 0}
 .prompt{color:#59636e}summary{cursor:pointer}
@@ -122,17 +119,20 @@ def _bits_per_byte_plot(evals, baselines):
     return plot(curves, "bits per byte", references or [("uniform bytes (8.00)", 8.0)])
 
 
-def _load_plot(train):
+def _load_plot(train, model):
     layers = sorted({layer for r in train for layer in r.get("load max/mean per layer", {})}, key=int)
     curves = []
     for layer in layers:
         flat = [{"step": r["step"], "value": r.get("load max/mean per layer", {}).get(layer)} for r in train]
         curves.append((f"layer {layer}", *_series(flat, "value")))
-    references = [("bias off (about 4.0)", BIAS_OFF_LOAD), ("even", 1.0)]
+    references = [("even", 1.0)]
+    if model.get("n_routed_experts"):
+        worst = model["n_routed_experts"] / model["num_experts_per_tok"]
+        references.insert(0, (f"worst ({worst:.0f})", worst))
     return plot(curves, "expert load, max / mean", references) if curves else None
 
 
-def figures(records, baselines):
+def figures(records, baselines, model=()):
     """[(svg, caption)] of everything that the metrics hold."""
     train = [r for r in records if r["kind"] == "train"]
     evals = [r for r in records if r["kind"] == "eval"]
@@ -154,9 +154,9 @@ def figures(records, baselines):
         steps, values = _series(train, name)
         if steps:
             made.append((plot([(name, steps, values)], ylabel, log=log and min(values) > 0), caption))
-    if (load := _load_plot(train)) is not None:
+    if (load := _load_plot(train, dict(model))) is not None:
         caption = (
-            "Last step before each log. 1 is even; about 4.0 is where 16 experts top-4 end without the bias update."
+            "Last step before each log. 1 is even; worst: all tokens at the same experts."
         )
         made.append((load, caption))
     return made
@@ -185,7 +185,7 @@ def result_rows(records, evaluation, config):
     if train:
         rows.append(("optimizer steps", f"{train[-1]['step']:,}"))
         rows.append(("training tokens", f"{sum(r.get('tokens', 0) for r in train):,}"))
-        rows.append(("last training loss", f"{train[-1]['loss']:.4f} nats per token"))
+        rows.append(("last training loss", f"{train[-1].get('next-token loss', train[-1]['loss']):.4f} nats per token"))
     for key, label in (("weights", "held out"), ("ema", "held out, averaged weights (EMA)")):
         values = evaluation.get(key)
         if values:
@@ -224,7 +224,7 @@ def build_report(run_dir):
     config, evaluation = _read_yaml(run_dir / "config.yaml"), _read_json(run_dir / "eval.json")
     plots = "".join(
         f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for svg, caption in figures(records, config.get("baselines", {}))
+        for svg, caption in figures(records, config.get("baselines", {}), config.get("model", {}))
     )
     facts = [("commit", config.get("commit", "unknown"))]
     facts += [(name, value) for name, value in config.get("sizes", {}).items()]

@@ -29,7 +29,7 @@ TRAJECTORY_FIELDS = (
     "packing", "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "label_smoothing_factor", "ema_decay", "bf16", "fp16", "train_sampling_strategy",
-    "dataloader_drop_last",
+    "dataloader_drop_last", "ignore_data_skip",
 )  # fmt: skip
 LENGTH_FIELDS = ("max_steps", "num_train_epochs")
 OPEN_ENDED_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"}
@@ -39,6 +39,8 @@ def describe_run(trainer):
     """{"model", "training", "split", "versions"}: plain JSON values."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     training = {name: getattr(args, name) for name in TRAJECTORY_FIELDS if hasattr(args, name)}
+    if getattr(args, "streaming", False):
+        training |= {"dataloader_num_workers": args.dataloader_num_workers}
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     looks_ahead = schedule not in OPEN_ENDED_SCHEDULES or 0 < args.warmup_steps < 1
     if looks_ahead:

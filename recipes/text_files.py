@@ -13,6 +13,7 @@ and the packing script (`data_scripts.sources`), so that a file means the same d
 """
 
 import gzip
+import zlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -128,12 +129,15 @@ def _json_lines(path, text_column):
     if path.stat().st_size == 0:
         raise BadInput(f"{path} is empty (0 bytes): remove it or fill it")
     offset = 0
-    with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path} line {number}"
-            if line.strip():
-                yield place, _json_text(line, offset, path, place, text_column)
-            offset += len(line)
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                place = f"{path} line {number}"
+                if line.strip():
+                    yield place, _json_text(line, offset, path, place, text_column)
+                offset += len(line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadInput(f"{path} is damaged ({error}); copy it again or pass --errors skip") from error
 
 
 def _json_text(line, offset, path, place, text_column):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from data_scripts import prepare_pretraining
 from recipes import pretrain
+from recipes.pretrain_config import PretrainConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +22,7 @@ SMALL = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "max_position_embeddings": 64,
 }  # fmt: skip
-QUICK = ["--max_steps", "3", "--warmup_steps", "0", "--lr_scheduler_type", "constant", "--sequence_length", "32",
+QUICK = ["--max_steps", "3", "--sequence_length", "32",
          "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no", "--sample_tokens", "2",
          "--logging_steps", "1"]  # fmt: skip
 
@@ -35,7 +36,8 @@ def commands(name):
 def run(command, model=SMALL):
     """Runs one documented command in this process, with small sizes added to it."""
     if command[:3] == ["python", "-m", "data_scripts.prepare_pretraining"]:
-        return prepare_pretraining.main([*command[3:], "--vocab_size", "300"])
+        small = [] if "--from_folder" in command else ["--vocab_size", "300"]
+        return prepare_pretraining.main([*command[3:], *small])
     assert command[:3] == ["accelerate", "launch", "recipes/pretrain.py"]
     sizes = [part for name, value in model.items() for part in (f"--model_config.{name}", str(value))]
     return pretrain.main([*command[3:], *sizes, *QUICK])
@@ -83,7 +85,9 @@ def test_own_text_then_released_weights(workplace):
         first_k_dense_replace=1, num_mtp_layers=0,
     ))  # fmt: skip
     released.save_pretrained("deepseek-v3-folder")
-    (command,) = commands("released weights")
+    AutoTokenizer.from_pretrained("data/mine/tokenizer").save_pretrained("deepseek-v3-folder")
+    prepare, command = commands("released weights")
+    run(prepare)
     with pytest.raises(ValueError, match="num_nextn_predict_layers=0"):
         run([part.replace("1e-4", "1e-12") for part in command], model={"num_nextn_predict_layers": 1})
     run([part.replace("1e-4", "1e-12") for part in command], model={"num_nextn_predict_layers": 0})
@@ -111,6 +115,19 @@ def test_hub_data_set(workplace, monkeypatch):
     (command,) = commands("hub data set")
     run(command)
     assert ("roneneldan/TinyStories", True) in asked and results("runs/stories")
+
+
+def test_first_commands(workplace):
+    """The block that opens the section on pretraining; its settings are read as documented."""
+    block = re.search(r"## Pretraining.*?```bash\n(.*?)```", README, re.DOTALL)[1]
+    prepare, train, dry = (shlex.split(line, comments=True) for line in block.strip().splitlines())
+    assert prepare[3:] == ["--output_dir", "data/tiny", "--size", "tiny"]
+    prepare_pretraining.main(["--output_dir", "data/tiny", "--source", "mine=./my_texts", "--mixture", "mine=100",
+                              "--vocab_size", "300"])  # fmt: skip
+    assert parse_config(PretrainConfig, train[3:]).max_steps == 100
+    run(train)
+    assert results("runs/pretrain_tiny")
+    pretrain.main(dry[2:])
 
 
 def test_documented_files_exist():

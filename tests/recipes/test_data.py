@@ -315,3 +315,12 @@ def test_texts_that_cannot_be_packed(tokenizer, tmp_path):
             list(pack_texts(dataset, tokenizer, S))
     with pytest.raises(ValueError, match=r"has no eos_token_id.*set tokenizer.eos_token"):
         encode_documents(SimpleNamespace(bos_token_id=0, eos_token_id=None, name_or_path="x"), ["a"])
+
+
+def test_a_truncated_gzip_file_is_named(tmp_path):
+    import gzip
+
+    path = tmp_path / "documents.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"text": "words " * 500}).encode())[:-20])
+    with pytest.raises(ValueError, match=r"documents\.jsonl\.gz is damaged"):
+        list(load_text_dataset(str(path))["text"])

@@ -1,6 +1,7 @@
 """recipes/pretrain.py from end to end: from nothing, from our weights, from deepseek_v3 weights."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -119,3 +120,62 @@ def test_as_a_script_it_sees_the_installed_packages(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FLOPs per training token" in done.stdout
+
+
+def test_too_little_text_for_a_batch_is_an_error(texts, tmp_path):
+    with pytest.raises(ValueError, match="per_device_train_batch_size=5000"):
+        pretrain.main(arguments(texts, tmp_path / "run", "--per_device_train_batch_size", "5000"))
+
+
+def test_weights_with_another_vocabulary_are_refused(texts, finished, tmp_path):
+    folder, _ = finished
+    other = train_tokenizer(["completely different words, of another text altogether"] * 3, 290)
+    other.save_pretrained(tmp_path / "other")
+    more = ("--model_name_or_path", str(folder), "--model_config", "{}", "--tokenizer_name_or_path", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="another vocabulary.*--from_folder"):
+        pretrain.main(arguments(texts, tmp_path / "run", *more))
+
+
+def test_a_refused_run_leaves_the_other_runs_files(texts, tmp_path):
+    folder = tmp_path / "run"
+    pretrain.main(arguments(texts, folder, "--sample_prompts", "Item 3", "--sample_tokens", "2"))
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="seed"):
+        pretrain.main(arguments(texts, folder, "--resume_from_checkpoint", "true", "--seed", "5"))
+    assert (folder / "config.yaml").read_bytes() == before
+    for _ in range(2):                                             # a finished run, run again: nothing is said twice
+        pretrain.main(arguments(texts, folder, "--sample_prompts", "Item 3", "--sample_tokens", "2",
+                                "--resume_from_checkpoint", "true"))  # fmt: skip
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "samples"] == [4]
+
+
+def test_a_checkpoint_without_optimizer_is_refused(texts, tmp_path):
+    pretrain.main(arguments(texts, tmp_path / "run", "--save_only_model", "true"))
+    with pytest.raises(ValueError, match=r"no optimizer\.pt.*model_name_or_path"):
+        pretrain.main(arguments(texts, tmp_path / "run", "--resume_from_checkpoint", "true"))
+
+
+def test_a_stream_with_more_workers_than_shards_says_so(texts, tmp_path):
+    more = ("--streaming", "true", "--dataloader_num_workers", "2", "--validation_fraction", "0", "--eval_strategy", "no")
+    with pytest.raises(ValueError, match="fewer shards than workers"):
+        pretrain.main(arguments(texts, tmp_path / "run", *more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_train_like_one(texts, tmp_path, streaming):
+    """The same global batch: equal losses, load and bits per byte to fp32 rounding, documents kept apart."""
+    more = ("--streaming", streaming, "--per_device_train_batch_size")
+    pretrain.main(arguments(texts, tmp_path / "one", *more, "4"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, *arguments(texts, tmp_path / "two", *more, "2")], check=True, timeout=300, env=environment)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
+    for ours, theirs in zip(one, two):
+        for key in ("loss", "mtp loss", "bits/byte", "grad"):
+            if key in ours:
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-4), (ours["step"], key)

@@ -49,10 +49,10 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
 @pytest.mark.parametrize("more, words", [
     (["--learning_rat", "1"], "unknown key 'learning_rat' in the command line: did you mean learning_rate"),
     (["--model_config.hiden_size", "1"], "unknown key 'hiden_size' in model_config: did you mean hidden_size"),
-    (["--max_train_tokens", "5000"], "max_train_tokens=5000 and max_steps=240 exclude each other"),
+    (["--max_train_tokens", "5000"], "max_train_tokens=5000 and max_steps=400 exclude each other"),
     (["--lr_scheduler_kwargs", "{}"], "needs lr_scheduler_kwargs.num_decay_steps"),
-    (["--warmup_steps", "1000"], "more than max_steps=240"),
-    (["--lr_scheduler_type", "reduce_lr_on_plateau"], "warmup_steps=20.0 has no effect"),
+    (["--warmup_steps", "1000"], "more than max_steps=400"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau"], "warmup_steps=0.05 has no effect"),
     (["--streaming", "--max_steps", "-1"], "streaming=true has no end"),
     (["--validation_fraction", "1.5"], "validation_fraction=1.5 must be in"),
     (["--ema_decay", "1"], "ema_decay=1.0 must be in"),
@@ -143,3 +143,16 @@ def test_sequence_longer_than_the_positions(tmp_path):
 def test_label_smoothing_goes_to_the_model(tmp_path):
     args = tiny_config(tmp_path, label_smoothing_factor=0.1, model_config=dict(SIZES))
     assert build_config(args).label_smoothing == 0.1
+
+
+def test_a_group_and_its_single_values_come_together():
+    """`--model_config '{}'` clears the file's mapping; the dotted values are laid over it, in any order."""
+    for order in (1, -1):
+        parts = [["--model_config", "{}"], ["--model_config.mtp_loss_coef", "0.1"]][::order]
+        config = parse_config(PretrainConfig, [*TINY, *sum(parts, []), "--model_name_or_path", "somewhere"])
+        assert config.model_config == {"mtp_loss_coef": 0.1}
+
+
+def test_shares_of_max_steps():
+    config = parse_config(PretrainConfig, [*TINY, "--max_steps", "100"])
+    assert config.lr_scheduler_kwargs["num_decay_steps"] == 35 and config.get_warmup_steps(100) == 5

@@ -29,7 +29,8 @@ def make_run(folder):
         sample = {"prompt": "<b>Once", "completion": " upon & a time"}
         records.append({"kind": "samples", "step": step, "samples": [sample]})
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(r) for r in records))
-    config = {"commit": "abc", "sizes": {"parameters": "5"}, "baselines": {"uniform": 8.0, "xz": 2.9}}
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 4}
+    config = {"commit": "abc", "model": experts, "sizes": {"parameters": "5"}, "baselines": {"uniform": 8.0, "xz": 2.9}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     weights = {"bits_per_byte": 1.9, "loss": 2.0, "bytes": 10, "sources": {"code": 1.5}}
     (folder / "eval.json").write_text(json.dumps({"step": 30, "weights": weights, "ema": weights}))
@@ -57,7 +58,7 @@ def test_page_is_complete_and_self_contained(tmp_path):
         "tokens per second",
         "expert load, max / mean",
         "optimizer step",
-        "bias off (about 4.0)",
+        "worst (4)",
         "xz (2.90)",
         "1.9000 bits per byte",
     ):
