@@ -289,6 +289,7 @@ if torch.distributed.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_balance_like_one(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)

@@ -78,7 +78,10 @@ def test_linear_cross_entropy(kind, monkeypatch):
 def train(tmp_path, batch, steps, model, **changes):
     record = Record()
     fields = {**arguments(tmp_path, batch, steps), "use_cpu": False, "learning_rate": 1e-3, **changes}
-    trainer = Trainer(model, TrainingArguments(**fields), train_dataset=rows(8),
+    settings = TrainingArguments(**fields)
+    assert settings.n_gpu >= 1
+    settings._n_gpu = 1  # with several cards and no launcher, Trainer would take nn.DataParallel
+    trainer = Trainer(model, settings, train_dataset=rows(8),
                       callbacks=[ExpertBalanceCallback(), record])  # fmt: skip
     return trainer.train().training_loss, record
 
