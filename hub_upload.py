@@ -2,9 +2,9 @@
 
     python hub_upload.py runs/pretrain_nano user/my-r1 [--private] [--revision main] [--dry_run]
 
-The folder (as `save_pretrained` or a recipe wrote it) is loaded here, and again, as its users will, in a fresh process that
-does not have this package but the code in the folder; the upload happens only if both give the same logits. The token is
-taken from where `huggingface_hub` looks for it (`hf auth login`, HF_TOKEN).
+The folder (as `save_pretrained` or a recipe wrote it) is loaded here, and again, as its users will, in a fresh process
+that does not have this package but the code in the folder; the upload happens only if both give the same logits. The
+token is taken from where `huggingface_hub` looks for it (`hf auth login`, HF_TOKEN).
 """
 
 import argparse
@@ -39,6 +39,7 @@ with torch.no_grad():
 
 
 def logits_here(folder):
+    """Logits (1, TOKENS, V) of the folder in this process."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     with torch.no_grad():
         return model(torch.arange(TOKENS).view(1, -1)).logits
@@ -53,9 +54,11 @@ def logits_in_fresh_process(folder):
         program = FRESH_PROCESS.format(hidden=hidden, folder=str(folder), tokens=TOKENS, output=output)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run([sys.executable, "-c", program], cwd=scratch, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if result.returncode:
-            raise ValueError(f"{folder} does not load in a process without this package:\n{result.stderr.strip()[-2000:]}")
+            reason = result.stderr.strip()[-2000:]
+            raise ValueError(f"{folder} does not load in a process without this package:\n{reason}")
         return torch.load(output)
 
 

@@ -3,9 +3,10 @@
     python benchmarks/bench_train.py --device cuda      reference config, 16,384 tokens a step (one H100)
     python benchmarks/bench_train.py --device cpu       the `tiny` config without MTP, ours and theirs in turn
 
-On CUDA our model trains through `recipes/pretrain.py` (HF Trainer) and in a bare loop; the library's in a bare loop with
-its best settings (grouped_mm experts, sdpa). MFU by the formula of `recipes/sizing.py`, against 989 TFLOP/s on an H100.
-Tokens are random, routing is real. Prints one JSON line a variant and a table; --output also writes the lines to a file.
+On CUDA our model trains through `recipes/pretrain.py` (HF Trainer) and in a bare loop; the library's in a bare loop
+with its best settings (grouped_mm experts, sdpa). MFU by the formula of `recipes/sizing.py`, against 989 TFLOP/s on an
+H100. Tokens are random, routing is real. Prints one JSON line a variant and a table; --output also writes the lines to
+a file.
 """
 
 import argparse
@@ -158,7 +159,8 @@ def compare_on_cuda(steps, variants, output):
             Path(output).write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"\n{'variant':14} {'tokens/s':>9} {'step ms':>8} {'MFU %':>6} {'peak GiB':>8}")
     for line in (line for line in lines if "error" not in line):
-        print(f"{line['variant']:14} {line['tokens_per_second']:9,} {line['step_ms']:8} {line['mfu_percent']:6} {line['peak_gib']:8}")
+        speed = f"{line['tokens_per_second']:9,} {line['step_ms']:8} {line['mfu_percent']:6}"
+        print(f"{line['variant']:14} {speed} {line['peak_gib']:8}")
 
 
 def compare_on_cpu(steps, threads):

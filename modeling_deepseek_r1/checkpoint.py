@@ -53,9 +53,11 @@ def plain_config(fields):
         "num_nextn_predict_layers": not (is_v2 and config.num_nextn_predict_layers),
     }
     for field in (field for field, ok in fits.items() if not ok):
-        raise ValueError(f"{field}={getattr(config, field)} has no counterpart in {name}; this model cannot be exported")
+        value = getattr(config, field)
+        raise ValueError(f"{field}={value} has no counterpart in {name}; this model cannot be exported")
     result = {key: value for key, value in fields.items() if key not in TRAINING_FIELDS}
-    result.update(model_type=kind, architectures=[name], scoring_func=config.scoring_func, topk_method=config.topk_method)
+    result.update(model_type=kind, architectures=[name])
+    result.update(scoring_func=config.scoring_func, topk_method=config.topk_method)
     return result
 
 

@@ -275,7 +275,9 @@ class DeepSeekR1Config(PreTrainedConfig):
             return  # groups are not used
         if experts % groups:
             fits = [g for g in range(1, experts + 1) if experts % g == 0]
-            raise ValueError(f"n_routed_experts={experts} must be a multiple of n_group={groups}; use n_group in {fits}")
+            raise ValueError(
+                f"n_routed_experts={experts} must be a multiple of n_group={groups}; use n_group in {fits}"
+            )
         if not 1 <= kept <= groups:
             raise ValueError(f"topk_group={kept} must lie in [1, n_group={groups}]")
         size = experts // groups

@@ -50,8 +50,8 @@ def released_fp8():
 
 
 def forget_dequantised_source(model):
-    """A model loaded from FP8 weights into bf16 is a plain bf16 model from then on; the library would refuse to save it,
-    because its record of the conversion cannot be reversed."""
+    """A model loaded from FP8 weights into bf16 is a plain bf16 model from then on; the library would refuse to save
+    it, because its record of the conversion cannot be reversed."""
     conversions = getattr(model, "_weight_conversions", None) or []
     if any(isinstance(op, Fp8Dequantize) for conversion in conversions for op in getattr(conversion, "operations", [])):
         del model._weight_conversions

@@ -140,8 +140,9 @@ class CheckpointLayoutMixin:
         Raises ValueError naming the missing weights; where they are MTP layers, naming `num_nextn_predict_layers=0`;
         ValueError or FileNotFoundError naming a weight file that is cut short or absent.
         """
-        if isinstance(pretrained_model_name_or_path, (str, os.PathLike)) and os.path.isdir(pretrained_model_name_or_path):
-            check_weights(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        source = pretrained_model_name_or_path
+        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+            check_weights(os.path.join(source, kwargs.get("subfolder") or ""))
         with released_fp8():
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

@@ -443,9 +443,9 @@ class DeepSeekR1ForTokenClassification(DeepSeekR1PreTrainedModel):
         num_items_in_batch=None,
         **kwargs,
     ):
-        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored: cross-entropy of int64 classes,
-        or with one label the squared error of float values; the mean over them, or the sum over `num_items_in_batch`,
-        as trainers pass it under gradient accumulation. Others: see the model."""
+        """-> `logits` (B, S, num_labels); `loss` if labels (B, S) are given, -100 ignored: cross-entropy of int64
+        classes, or with one label the squared error of float values; the mean over them, or the sum over
+        `num_items_in_batch`, as trainers pass it under gradient accumulation. Others: see the model."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

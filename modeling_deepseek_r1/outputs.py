@@ -43,8 +43,8 @@ def last_token_index(input_ids, attention_mask, pad_token_id, rows, length, devi
 
 
 def token_regression_loss(logits, labels, num_items_in_batch=None, ignore_index=-100):
-    """Mean squared error per token, for values and process rewards: logits (B, S, 1), labels (B, S) float, ignored where
-    they are `ignore_index` -> (), divided by `num_items_in_batch` or by the number of labels."""
+    """Mean squared error per token, for values and process rewards: logits (B, S, 1), labels (B, S) float, ignored
+    where they are `ignore_index` -> (), divided by `num_items_in_batch` or by the number of labels."""
     labels = labels.to(logits.device)
     kept = labels != ignore_index
     squares = nn.functional.mse_loss(logits.squeeze(-1).float()[kept], labels[kept].float(), reduction="sum")

@@ -58,8 +58,9 @@ def sequence_balance_loss(affinities, indices, token_mask=None, segment_ids=None
     if segment_ids is None:
         mass, tokens = (shares * ones).sum(1), ones.sum(1)
     else:
-        mass = shares.new_zeros(sequences, num_experts).index_add(0, sequence_of.flatten(), (shares * ones).flatten(0, 1))
-        tokens = shares.new_zeros(sequences, 1).index_add(0, sequence_of.flatten(), ones.flatten(0, 1))
+        sequence_of = sequence_of.flatten()
+        mass = shares.new_zeros(sequences, num_experts).index_add(0, sequence_of, (shares * ones).flatten(0, 1))
+        tokens = shares.new_zeros(sequences, 1).index_add(0, sequence_of, ones.flatten(0, 1))
     frequency = chosen * num_experts / (top_k * tokens.clamp_min(1.0))                    # Eq. 18
     probability = mass / tokens.clamp_min(1.0)                                            # Eq. 20
     present = (tokens > 0).sum().clamp_min(1)

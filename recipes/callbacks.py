@@ -28,9 +28,9 @@ class ExpertBalanceCallback(TrainerCallback):
     it sets the factor on the injected balance-loss gradient to loss scale / micro-batches of the step, so that this
     gradient is the mean over the step's micro-batches whatever their number and under an fp16 loss scaler.
 
-    A step that an fp16 scaler skips drops its counts. Where no router is trained (adapters on other layers), the biases stay
-    as they are and the load is only measured: an adapter file does not carry biases, and the model without its adapter must
-    remain the base model. Where the training data have no length, the factor of a last,
+    A step that an fp16 scaler skips drops its counts. Where no router is trained (adapters on other layers), the
+    biases stay as they are and the load is only measured: an adapter file does not carry biases, and the model without
+    its adapter must remain the base model. Where the training data have no length, the factor of a last,
     incomplete group of micro-batches is that of a complete one.
     """
 
@@ -41,8 +41,10 @@ class ExpertBalanceCallback(TrainerCallback):
         if smoothing and smoothing != config.label_smoothing:
             logger.warning(
                 "label_smoothing_factor=%s makes the trainer compute the loss itself, with all logits in memory and "
-                "without MTP; set config.label_smoothing=%s and leave label_smoothing_factor at 0", smoothing, smoothing,
-            )  # fmt: skip
+                "without MTP; set config.label_smoothing=%s and leave label_smoothing_factor at 0",
+                smoothing,
+                smoothing,
+            )
         model._ddp_params_and_buffers_to_ignore = [
             name for name, _ in model.named_buffers() if name.endswith("load_counts")
         ]

@@ -138,7 +138,8 @@ class CheckpointMixin:
         except Exception as error:
             if isinstance(error, CheckpointSaveError) or not _is_write_failure(error):
                 raise
-            kept = [path.name for _, path in list_checkpoints(self.args.output_dir) if find_problem(path, False) is None]
+            existing = list_checkpoints(self.args.output_dir)
+            kept = [path.name for _, path in existing if find_problem(path, False) is None]
             raise CheckpointSaveError(
                 f"could not save the model in {self.args.output_dir} ({error}): "
                 f"{shutil.disk_usage(self.args.output_dir).free:,} bytes free; "

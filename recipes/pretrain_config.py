@@ -138,6 +138,12 @@ class PretrainConfig(TrainingArguments):
             raise ValueError(f"model_config={self.model_config!r} must be a mapping, e.g. '{{\"hidden_size\": 256}}'")
         self.model_config = {name: _number(value) for name, value in (self.model_config or {}).items()}
         check_names(self.model_config, _model_fields(), "model_config")
+        coefficient = self.model_config.get("mtp_loss_coef")
+        if coefficient and self.model_config.get("num_nextn_predict_layers") == 0:
+            raise ValueError(
+                f"model_config.mtp_loss_coef={coefficient} needs multi-token-prediction layers, but "
+                "num_nextn_predict_layers=0; set --model_config.mtp_loss_coef 0, or num_nextn_predict_layers to 1"
+            )
         if "label_smoothing" in self.model_config:
             raise ValueError("model_config.label_smoothing is set by label_smoothing_factor; use that field")
 

@@ -53,7 +53,8 @@ def main(argv=None):
     report = run / "report.html"
     total = sum(seconds.values())
     print(f"\n== done in {total / 60:.1f} minutes (" + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ")")
-    print(f"report   {report}\nmodel    {run}  (AutoModelForCausalLM.from_pretrained after `import modeling_deepseek_r1`)")
+    print(f"report   {report}")
+    print(f"model    {run}  (AutoModelForCausalLM.from_pretrained after `import modeling_deepseek_r1`)")
     return {"seconds": seconds, "eval": result, "report": report}
 
 

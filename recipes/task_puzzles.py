@@ -19,8 +19,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import count
 
-from recipes.task_answers import (evaluate_expression, plain, read_boolean, read_fraction,
-                                  read_number)
+from recipes.task_answers import evaluate_expression, plain, read_boolean, read_fraction, read_number
 from recipes.task_base import UNPARSABLE, Candidate, Task, Verdict, mix_seed
 
 ENOUGH = 0.99

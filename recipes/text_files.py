@@ -13,9 +13,9 @@ and the packing script (`data_scripts.sources`), so that a file means the same d
 """
 
 import gzip
-import zlib
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 

