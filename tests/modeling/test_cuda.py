@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
 from modeling_deepseek_r1.losses import linear_cross_entropy
 from recipes.callbacks import ExpertBalanceCallback
-from tests.modeling.test_balance import Record, arguments, rows, tiny_model
+from tests.modeling.test_balance import Record, arguments, rows, tiny_model, tiny_tokenizer
 from tests.modeling.test_checkpoints import FIELDS
 
 pytestmark = [
@@ -79,7 +80,6 @@ def train(tmp_path, batch, steps, model, **changes):
     record = Record()
     fields = {**arguments(tmp_path, batch, steps), "use_cpu": False, "learning_rate": 1e-3, **changes}
     settings = TrainingArguments(**fields)
-    assert settings.n_gpu >= 1
     settings._n_gpu = 1  # with several cards and no launcher, Trainer would take nn.DataParallel
     trainer = Trainer(model, settings, train_dataset=rows(8),
                       callbacks=[ExpertBalanceCallback(), record])  # fmt: skip
@@ -98,6 +98,47 @@ def test_injected_gradient_under_fp16_loss_scaling(tmp_path):
     for scaled in gradients[1:]:
         # fp16 activations move a few tokens to other experts; a wrong scale would be off by 4 or by 65536
         assert relative_error(scaled, gradients[0]) < 8e-2
+
+
+def sft_gradient(tmp_path, batch, alpha, fp16):
+    from trl import SFTConfig, SFTTrainer
+
+    record = Record()
+    fields = arguments(tmp_path, batch, 1, bf16=False, fp16=fp16, use_cpu=False)
+    settings = SFTConfig(**fields)
+    settings._n_gpu = 1
+    SFTTrainer(
+        wide_model(seq_aux_loss_alpha=alpha), settings, train_dataset=rows(8).remove_columns("labels"),
+        processing_class=tiny_tokenizer(), callbacks=[ExpertBalanceCallback(), record],
+    ).train()  # fmt: skip
+    return record.grads[0]
+
+
+def grpo_gradient(tmp_path, batch, alpha, fp16):
+    from trl import GRPOConfig, GRPOTrainer
+
+    record = Record()
+    fields = arguments(tmp_path, batch, 1, bf16=False, fp16=fp16, use_cpu=False, num_generations=8)
+    settings = GRPOConfig(**fields, max_completion_length=6)
+    settings._n_gpu = 1
+    GRPOTrainer(
+        wide_model(seq_aux_loss_alpha=alpha), reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        args=settings, train_dataset=Dataset.from_dict({"prompt": ["t5 t6 t7", "t9 t8"] * 4}),
+        processing_class=tiny_tokenizer(), callbacks=[ExpertBalanceCallback(), record],
+    ).train()  # fmt: skip
+    return record.grads[0]
+
+
+@pytest.mark.parametrize("gradient", [sft_gradient, grpo_gradient])
+def test_injected_gradient_under_fp16_loss_scaling_in_trl(tmp_path, gradient):
+    exact, whole, split, single = (
+        gradient(tmp_path, batch, 1.0, fp16) - gradient(tmp_path, batch, 0.0, fp16)
+        for batch, fp16 in ((8, False), (8, True), (2, True), (1, True))
+    )
+    assert exact.norm() > 1e-3
+    assert relative_error(split, whole) < 8e-2 and relative_error(single, whole) < 8e-2
+    # Sampling in fp16 may give other completions than in fp32; a missing loss scale would be off by 65536.
+    assert 0.5 < whole.norm() / exact.norm() < 2.0
 
 
 @pytest.mark.parametrize("changes", [{"bf16": True}, {"fp16": True}, {}, {"bf16": True, "gradient_checkpointing": True}])
