@@ -104,7 +104,7 @@ class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
             return {}
         speed = self.config.bias_update_speed if speed is None else speed
         loads = update_expert_bias(list(routers.values()), speed, group)
-        self._expert_load = dict(zip(routers, loads.cpu()))
+        self._expert_load = dict(zip(routers, loads))  # left on the device: reading it is what waits for the step
         return self._expert_load
 
     def discard_expert_counts(self):
