@@ -10,7 +10,8 @@ from torch.utils.data import IterableDataset
 
 from recipes.logging_callbacks import SampleCallback, read_metrics
 from recipes.packed_rows import make_row
-from recipes.pretrain_trainer import SpeedMeter, count_tokens
+from recipes.pretrain_trainer import count_tokens
+from recipes.recipe_trainer import SpeedMeter
 from tests.recipes.tiny_run import LENGTH, RandomRows, losses, tiny_config, tiny_model, tiny_trainer
 
 
