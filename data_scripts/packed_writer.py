@@ -176,15 +176,15 @@ def _neighbours(folder):
     return folder, folder.with_name(f".{folder.name}.old")
 
 
-def check_replaceable(folder):
-    """Refuse a folder that holds anything this format does not have: it will be replaced as a whole."""
+def check_replaceable(folder, ours=_OURS, kind="a packed data set"):
+    """Refuse a folder that holds files whose names are not `ours`: it will be replaced as a whole."""
     if Path(folder).is_file():
         raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
-    strangers = sorted(p.name for p in Path(folder).iterdir() if not _OURS.fullmatch(p.name)) \
+    strangers = sorted(p.name for p in Path(folder).iterdir() if not ours.fullmatch(p.name)) \
         if Path(folder).is_dir() else []
     if strangers:
-        raise ValueError(f"output_dir={str(folder)!r} holds {', '.join(strangers[:5])}, which is no part of a packed "
-                         "data set, and would be replaced as a whole; choose a new or empty folder")
+        raise ValueError(f"output_dir={str(folder)!r} holds {', '.join(strangers[:5])}, which is no part of {kind}, "
+                         "and would be replaced as a whole; choose a new or empty folder")
 
 
 def _disk_is_full(error):
@@ -194,14 +194,14 @@ def _disk_is_full(error):
 
 
 @contextlib.contextmanager
-def build_beside(folder):
+def build_beside(folder, ours=_OURS, kind="a packed data set"):
     """Yield a hidden folder to build a data set in; move it to `folder` if the block succeeds.
 
     Whatever goes wrong, the earlier data set stays as it was and the hidden folder is removed.
     Raises:
         OSError: ENOSPC with the place, what was written and what to free.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, ours, kind)
     folder, old = _neighbours(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder, old)

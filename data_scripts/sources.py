@@ -169,7 +169,7 @@ def identity(kind, location="built-in"):
         if kind == "mathematics":
             from importlib.metadata import version
 
-            return {"reasoning-gym": version("reasoning-gym"), "tasks": sorted(TASKS)}
+            return {"reasoning-gym": version("reasoning-gym"), "tasks": sorted(TASKS), "split": "train"}
         return {}
     if is_local(location):
         path = Path(location).expanduser()

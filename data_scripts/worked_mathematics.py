@@ -2,7 +2,9 @@
 
 Each generator below is wrapped by a function that writes the steps a person would write and derives
 the answer from them; the document is kept only if the package's own verifier gives that answer
-exactly 1.0. Question texts are ours and short: the generators' long instructions would repeat the
+exactly 1.0. Problems on the test side of the tasks' split (`recipes/task_puzzles.py`) are skipped: what a
+problem asks decides the side, not how it is worded, so that a model pretrained on these documents can be
+evaluated on the tasks. Question texts are ours and short: the generators' long instructions would repeat the
 same n-grams in every document, and the overlap check of the split would then drop all of them.
 
 Left out on purpose: `game_of_life_halting` (its verifier accepts every answer), `prime_factorization`
@@ -12,6 +14,9 @@ rush_hour (entries without an answer), and tasks whose questions are longer than
 
 import math
 from decimal import Decimal
+from itertools import count
+
+from recipes.task_puzzles import PUZZLE_TASKS
 
 
 def _running_total(expression, number):
@@ -155,6 +160,22 @@ def render(question, steps, answer):
     return f"Question: {question}\n" + "\n".join(steps) + f"\nAnswer: {answer}\n"
 
 
+def _documents(name, seed):
+    """Yield (name#index, document) of one task without end, training problems only."""
+    import reasoning_gym
+
+    solve, settings = TASKS[name]
+    dataset = reasoning_gym.create_dataset(name, size=1, seed=seed, **settings)
+    for index in count():  # an entry depends on seed + index alone; `size` only bounds loops over the data set
+        entry = dataset[index]
+        task = PUZZLE_TASKS[name]
+        if task.split_of(task.candidate(entry)) != "train":
+            continue
+        question, steps, answer = solve(entry["metadata"])
+        if dataset.score_answer(answer, entry) == 1.0:
+            yield f"{name}#{index}", render(question, steps, answer)
+
+
 def worked_problems(seed, limit):
     """Yield (name, document) for `limit` problems, the tasks taking turns; `seed` fixes all of them.
 
@@ -162,17 +183,12 @@ def worked_problems(seed, limit):
         ModuleNotFoundError: if reasoning-gym is missing, naming the way to install it.
     """
     try:
-        import reasoning_gym
+        import reasoning_gym  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the source 'mathematics' needs reasoning-gym: `pip install reasoning-gym`, "
                                   "or leave it out: --mixture text=65,code=20,multilingual=15") from error
-    each = math.ceil(limit / len(TASKS))
     # Another seed for each task: with one seed several of them draw the same numbers.
-    datasets = {name: reasoning_gym.create_dataset(name, size=each, seed=seed + 1_000_003 * place, **settings)
-                for place, (name, (_, settings)) in enumerate(TASKS.items())}
-    for index in range(each):
-        for name, dataset in datasets.items():
-            entry = dataset[index]
-            question, steps, answer = TASKS[name][0](entry["metadata"])
-            if dataset.score_answer(answer, entry) == 1.0:
-                yield f"{name}#{index}", render(question, steps, answer)
+    streams = [_documents(name, seed + 1_000_003 * place) for place, name in enumerate(TASKS)]
+    for _ in range(math.ceil(limit / len(TASKS))):
+        for stream in streams:
+            yield next(stream)

@@ -157,11 +157,11 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
     def mtp_layers(self):
         return self.layers[self.config.num_hidden_layers :]
 
-    def layer_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values=None):
+    def layer_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values=None, token_mask=None):
         """The keyword arguments that all layers share: positions, masks, and what the routers need in training.
 
         Shapes: inputs_embeds (B, S, D); attention_mask (B, T) with 0 for padding, an already made mask, or None;
-        position_ids (B or 1, S) or None.
+        position_ids (B or 1, S) or None; token_mask: as `forward` takes it.
         """
         rows, length = inputs_embeds.shape[:2]
         if position_ids is None:
@@ -174,9 +174,11 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        token_mask = segment_ids = None
-        if self.training and torch.is_grad_enabled():
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        segment_ids = None
+        if not (self.training and torch.is_grad_enabled()):
+            token_mask = None  # only training balances
+        else:
+            if token_mask is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
                 token_mask = attention_mask[:, -length:].bool()
             if self.balance_per_document:
                 segment_ids = document_ids(position_ids).expand(rows, length)
@@ -198,11 +200,14 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        token_mask=None,
         **kwargs,
     ):
         """input_ids (B, S) int64 or inputs_embeds (B, S, D) -> `last_hidden_state` (B, S, D) after the final norm.
 
         Documents packed in one row (positions that start again, no attention mask, no cache) do not see each other.
+        `token_mask` (B, S) bool: False for tokens that the expert balance leaves out, such as the filling of packed
+        rows; by default those that `attention_mask` masks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -211,7 +216,7 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        shared = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        shared = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
@@ -334,7 +339,9 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
         )
         return total, each.view(targets.shape)
 
-    def mtp_hidden_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
+    def mtp_hidden_states(
+        self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, token_mask=None, **kwargs
+    ):
         """Yields, for depth k = 1, 2, ..., the states (B, S, D) from which the head predicts token i + k + 1.
 
         `hidden_states` is the main model's `last_hidden_state`. An entry whose token i + k lies past the row's end or
@@ -344,7 +351,7 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
             inputs_embeds = self.model.embed_tokens(input_ids)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # no cache here: the new tokens only
-        shared = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids)
+        shared = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, token_mask=token_mask)
         documents = document_ids(shared["position_ids"]).expand(inputs_embeds.shape[:2])
         token_mask = shared.pop("token_mask")
         for depth, layer in enumerate(self.model.mtp_layers, start=1):

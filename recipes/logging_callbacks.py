@@ -28,6 +28,8 @@ NAMES = {
     "loss": "loss",
     "next_token_loss": "next-token loss",
     "mtp_loss": "mtp loss",
+    "mean_token_accuracy": "token accuracy",
+    "entropy": "entropy",
     "learning_rate": "lr",
     "grad_norm": "grad",
     "tokens": "tokens",
@@ -37,7 +39,12 @@ NAMES = {
     "epoch": "epoch",
 }
 LOAD_PREFIX = "load_max_over_mean_layer_"
-EVAL_NAMES = {"eval_loss": "eval loss", "eval_bits_per_byte": "bits/byte", "eval_runtime": "eval_seconds"}
+EVAL_NAMES = {
+    "eval_loss": "eval loss",
+    "eval_bits_per_byte": "bits/byte",
+    "eval_token_accuracy": "eval token accuracy",
+    "eval_runtime": "eval_seconds",
+}
 EVAL_SOURCE_PREFIX = "eval_bits_per_byte_"
 
 
@@ -58,7 +65,8 @@ def eval_record(step, logs):
     record = {"kind": "eval", "step": step}
     record |= {ours: logs[theirs] for theirs, ours in EVAL_NAMES.items() if theirs in logs}
     sources = [name for name in logs if name.startswith(EVAL_SOURCE_PREFIX)]
-    record["bits/byte per source"] = {name[len(EVAL_SOURCE_PREFIX) :]: logs[name] for name in sources}
+    if sources:
+        record["bits/byte per source"] = {name[len(EVAL_SOURCE_PREFIX) :]: logs[name] for name in sources}
     return record
 
 
@@ -67,6 +75,7 @@ def console_line(record, max_steps):
     formats = {
         "loss": "{:.3f}",
         "mtp loss": "{:.3f}",
+        "token accuracy": "{:.3f}",
         "lr": "{:.1e}",
         "grad": "{:.2f}",
         "tok/s": "{:,.0f}",
@@ -74,6 +83,7 @@ def console_line(record, max_steps):
         "load max/mean": "{:.2f}",
         "eval loss": "{:.3f}",
         "bits/byte": "{:.3f}",
+        "eval token accuracy": "{:.3f}",
     }
     word = "eval" if record["kind"] == "eval" else "step"
     width = len(str(max_steps))
@@ -142,7 +152,7 @@ class RunLogCallback(TrainerCallback):
             seconds = logs.get("step_seconds")
             eta = None if seconds is None else seconds * (state.max_steps - state.global_step)
             record = train_record(state.global_step, logs, eta)
-        elif "eval_bits_per_byte" in logs:
+        elif "eval_loss" in logs:
             record = eval_record(state.global_step, logs)
         else:  # the trainer's own summary at the end, or a further evaluation (eval.json has it)
             return

@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
+from recipes.chat_format import set_chat_template
 from recipes.data import check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,54 @@ def build_model(args, tokenizer):
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype)
     if config.num_nextn_predict_layers and not config.mtp_loss_coef:
+        logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
+        model.freeze_mtp()
+    return model
+
+
+# ---------------------------------------------------------------- stages after pretraining
+
+
+def load_chat_tokenizer(args):
+    """The tokenizer of a stage that starts from weights, with the chat template that `chat_template` names, if any."""
+    source = args.tokenizer_name_or_path or args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    if args.chat_template:
+        set_chat_template(tokenizer, args.chat_template)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {source} has no chat template; set chat_template, e.g. to deepseek_r1")
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has no pad_token; add one (its eos_token does) and save it")
+    return tokenizer
+
+
+def load_causal_lm(args, tokenizer, quantization_config=None):
+    """Any causal LM of `model_name_or_path`, in `weights_dtype`; deepseek_v2/v3 folders become deepseek_r1 models.
+
+    MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
+    Raises:
+        ValueError: for settings of DeepSeek models on another one; for a vocabulary smaller than the tokenizer.
+    """
+    name, kwargs = args.model_name_or_path, dict(args.model_init_kwargs or {})
+    found = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    names = ("mtp_loss_coef", "seq_aux_loss_alpha", "bias_update_speed")
+    overrides = {field: getattr(args, field) for field in names if getattr(args, field) is not None}
+    if found.model_type in DEEPSEEK_TYPES:
+        config = CONFIG_MAPPING["deepseek_r1"].from_pretrained(name, **overrides)
+        if overrides.get("mtp_loss_coef") and not config.num_nextn_predict_layers:
+            raise ValueError(
+                f"mtp_loss_coef={args.mtp_loss_coef}: {name} has no multi-token-prediction layers; leave it unset"
+            )
+    elif overrides:
+        raise ValueError(f"{', '.join(overrides)}: {name} is a {found.model_type} model, which has no such setting")
+    else:
+        config = found
+    check_vocabulary(tokenizer, config.get_text_config())
+    model = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=getattr(torch, args.weights_dtype), quantization_config=quantization_config,
+        trust_remote_code=args.trust_remote_code, **kwargs,
+    )  # fmt: skip
+    if getattr(config, "num_nextn_predict_layers", 0) and hasattr(model, "freeze_mtp") and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()
     return model

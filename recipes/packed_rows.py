@@ -111,6 +111,12 @@ class PackedRows(Dataset):
         totals = numpy.bincount(self._sources, weights=self._bytes, minlength=len(self.sources))
         return {name: int(total) for name, total in zip(self.sources, totals)}
 
+    def documents(self):
+        """Yield (tokens (N,), UTF-8 bytes of the text, source's name) of every document, in order."""
+        ends = [*self._starts[1:].tolist(), self.total_tokens]
+        for begin, end, size, source in zip(self._starts.tolist(), ends, self._bytes, self._sources):
+            yield self.tokens(begin, end), int(size), self.sources[source]
+
 
 class PackedArray(PackedRows):
     """Rows over documents encoded in memory (4 bytes a token)."""
@@ -210,4 +216,34 @@ class PackingCollator:
             del batch["position_ids"]
         if mask is not None and mask.all():
             del batch["attention_mask"]
+        return batch
+
+
+class ExamplesCollator:
+    """Packed rows of whole examples (TRL's `input_ids`, `labels`, `seq_lengths`) -> (B, S) int64 tensors.
+
+    As `make_row` lays them out. TRL joins all rows to one instead, whose dense attention mask grows with the square
+    of the whole batch. `token_mask` (B, S) bool marks what is no filling, where there is any.
+
+    Args:
+        multiple: S is the longest row rounded up to a multiple of this.
+    """
+
+    def __init__(self, pad_token_id, multiple=64, token_mask=True):
+        self.pad_token_id, self.multiple, self.token_mask = pad_token_id, multiple, token_mask
+
+    def __call__(self, examples):
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // self.multiple) * self.multiple
+        rows = []
+        for example in examples:
+            ends = numpy.cumsum(example.get("seq_lengths") or [len(example["input_ids"])])
+            row = make_row(numpy.asarray(example["input_ids"]), ends[:-1], length, self.pad_token_id)
+            labels = torch.full((length,), IGNORED)
+            labels[: len(example["labels"])] = torch.as_tensor(example["labels"])
+            rows.append(row | {"labels": labels.masked_fill(row["position_ids"] == 0, IGNORED)})
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        sizes = torch.tensor([len(example["input_ids"]) for example in examples])
+        if self.token_mask and (sizes < length).any():
+            batch["token_mask"] = torch.arange(length) < sizes.unsqueeze(-1)
         return batch

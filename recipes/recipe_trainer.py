@@ -86,7 +86,7 @@ class RecipeTrainerMixin(CheckpointMixin):
             self.remove_callback(callback)
         self.speed = SpeedMeter(self.args.timing_warmup_steps, self.args.device)
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self._mtp_loss, self._step_counted, self._step_logged = None, 0, 0
+        self._mtp_loss, self.first_step, self._step_counted, self._step_logged = None, 0, 0, 0
 
     def count_tokens(self, batch):
         """Tokens of a batch that are not padding: an int or a tensor (no device synchronisation)."""
@@ -111,7 +111,8 @@ class RecipeTrainerMixin(CheckpointMixin):
 
     def _init_training_state(self, *args, **kwargs):
         result = super()._init_training_state(*args, **kwargs)
-        self._mtp_loss, self._step_counted, self._step_logged = None, self.state.global_step, self.state.global_step
+        self.first_step = self._step_counted = self._step_logged = self.state.global_step
+        self._mtp_loss = None
         return result
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):

@@ -7,7 +7,6 @@ reads metrics.jsonl, config.yaml and eval.json, and needs nothing else: plots ar
 
 import argparse
 import html
-import io
 import itertools
 import json
 import logging
@@ -20,36 +19,16 @@ from pathlib import Path
 if __package__ in (None, ""):  # launched as a script: recipes/ is first on the path and shadows packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
 import yaml
 
 from recipes.checkpoint_files import write_atomically
+from recipes.eval_report import before_and_after
+from recipes.eval_tables import with_interval
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from recipes.report_page import page, plot
 
 REPORT_FILE = "report.html"
-COLORS = ("#1f5fa8", "#c8502e", "#2f8a57", "#8257a8", "#a8842a", "#4a9aa8", "#8a3a5a", "#555555")
-STYLE = """
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2329;background:#f6f7f8;margin:0}
-main{max-width:62rem;margin:0 auto;padding:2rem 1.25rem 4rem}
-h1{font-size:1.7rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-.note{color:#59636e;font-size:.9rem;margin:.2rem 0 0}
-section,.card{background:#fff;border:1px solid #dfe3e7;border-radius:8px;padding:1rem 1.2rem;margin:.8rem 0}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(27rem,1fr));gap:.8rem}
-.plots figure{margin:0;background:#fff;border:1px solid #dfe3e7;border-radius:8px;padding:.6rem}
-.plots svg{width:100%;height:auto;display:block}figcaption{color:#59636e;font-size:.85rem;padding:.2rem .4rem}
-table{border-collapse:collapse;width:100%}
-td,th{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #eceff1;vertical-align:top}
-td:last-child{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}th{font-weight:600}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;
-background:#f6f7f8;padding:.8rem;border-radius:6px;font-size:.85rem;margin:.4rem 0}
-.prompt{color:#59636e}summary{cursor:pointer}
-@media(max-width:32rem){.plots{grid-template-columns:1fr}}
-"""
-
-
+STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
 # ---------------------------------------------------------------- reference values
 
 
@@ -82,34 +61,6 @@ def _series(records, name):
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _svg(figure):
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def plot(curves, ylabel, references=(), log=False):
-    """SVG of [(label, steps, values)] over optimizer steps; `references`: [(label, value)] dashed lines."""
-    figure, axes = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
-    marker = "o" if max((len(steps) for _, steps, _ in curves), default=0) < 25 else None
-    for (label, steps, values), color in zip(curves, COLORS * 8):
-        axes.plot(steps, values, label=label, color=color, linewidth=1.4, marker=marker, markersize=3)
-    for position, (label, value) in enumerate(references):
-        axes.axhline(value, color="#8a939c", linewidth=1, linestyle=("--", ":", "-.")[position % 3], label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(ylabel)
-    if log:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if len(curves) + len(references) > 1:
-        figure.legend(loc="outside right center", fontsize=8, frameon=False)  # beside the curves, never on them
-    return _svg(figure)
-
-
 def _bits_per_byte_plot(evals, baselines):
     curves = [("all sources", *_series(evals, "bits/byte"))]
     for source in sorted({name for record in evals for name in record.get("bits/byte per source", {})}):
@@ -140,9 +91,14 @@ def figures(records, baselines, model=()):
     losses = [("next token", *_series(train, "next-token loss")), ("MTP", *_series(train, "mtp loss"))]
     losses = [curve for curve in losses if curve[1]] or [("loss", *_series(train, "loss"))]
     losses += [("held out", *_series(evals, "eval loss"))] if evals else []
+    accuracy = [("training", *_series(train, "token accuracy")), ("held out", *_series(evals, "eval token accuracy"))]
+    accuracy = [curve for curve in accuracy if curve[1]]
     if train:
         made.append((plot(losses, "loss, nats per token"), "Training loss, mean over all micro-batches and processes."))
-    if evals:
+    if accuracy:
+        caption = "Share of trained tokens that are the model's most likely ones."
+        made.append((plot(accuracy, "token accuracy"), caption))
+    if any("bits/byte" in record for record in evals):
         caption = "Held-out text. Grey: the same text by token frequencies alone (unigram), and compressed by xz."
         made.append((_bits_per_byte_plot(evals, baselines), caption))
     simple = (
@@ -191,6 +147,16 @@ def result_rows(records, evaluation, config):
         if values:
             rows.append((label, f"{values['bits_per_byte']:.4f} bits per byte, loss {values['loss']:.4f}"))
             rows += [(f"{label}, {name}", f"{value:.4f} bits per byte") for name, value in values["sources"].items()]
+    if held_out := evaluation.get("held_out"):
+        text = f"loss {held_out['loss']:.4f} nats per token, {held_out['token_accuracy']:.1%} of tokens right"
+        rows.append(("held-out answers", text))
+    tasks = evaluation.get("tasks", {})
+    for name in tasks.get("after", {}).get("tasks", ()):
+        stages = [with_interval(tasks[stage]["tasks"][name]["pass@1"]) for stage in ("before", "after") if stage in tasks]
+        rows.append((f"{name}, pass@1 %", " -> ".join(stages)))
+    if "merged_logits_difference" in evaluation:
+        difference = f"{evaluation['merged_logits_difference']:.1e}"
+        rows.append(("merged adapter", f"largest difference of a logit {difference}"))
     rows += [
         (f"reference, {name}", f"{value:.3f} bits per byte") for name, value in config.get("baselines", {}).items()
     ]
@@ -233,20 +199,17 @@ def build_report(run_dir):
     settings = html.escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     name = html.escape(run_dir.resolve().name)
     body = (
-        f"<h1>{name}</h1><p class=note>Pretraining run. Figures are drawn from {METRICS_FILE}; "
+        f"<h1>{name}</h1><p class=note>{STAGES[config.get('stage', 'pretrain')]} run. Figures are drawn from {METRICS_FILE}; "
         "<code>python recipes/reporting.py RUN_DIR</code> makes this page again.</p>"
         f"<h2>Results</h2><section>{_table(result_rows(records, evaluation, config))}</section>"
         f"<h2>Run</h2><section>{_table(facts)}</section>"
         f"<h2>Curves</h2><div class=plots>{plots}</div>"
+        + before_and_after(evaluation.get("tasks", {}), run_dir)
         + (f"<h2>Samples</h2><section>{samples}</section>" if samples else "")
         + "<h2>Configuration</h2><section><details><summary>config.yaml</summary>"
         + f"<pre>{settings}</pre></details></section>"
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>{name}</title><style>{STYLE}</style></head>'
-        f"<body><main>{body}</main></body></html>"
-    )
+    return page(name, body)
 
 
 def write_report(run_dir):

@@ -12,7 +12,8 @@ from recipes.sizing import count_parameters
 BASELINE_ROWS = 512  # held-out rows that the reference values are computed on
 
 
-def _table(rows):
+def text_table(rows):
+    """[(name, value)] as lines with the values below each other."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
@@ -54,7 +55,7 @@ def announce_run(trainer, info):
     device = content["device"]
     where = f"{device['type']} x{device['processes']}, mixed precision: {device['mixed_precision']}"
     rows = [("commit", content["commit"]), *sizes.items(), ("device", where), ("output", args.output_dir)]
-    print(_table(rows), flush=True)
+    print(text_table(rows), flush=True)
 
 
 def _evaluation(trainer, prefix):
@@ -82,5 +83,5 @@ def finish_run(trainer):
     report = write_report(args.output_dir)
     records = read_metrics(Path(args.output_dir) / METRICS_FILE)
     rows = result_rows(records, results, {})
-    print(_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
+    print(text_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
     return results

@@ -11,6 +11,7 @@ import reasoning_gym
 from data_scripts import sources
 from data_scripts.sources import CORPUS, CorruptedCorpus, cut_module, open_source, read_corpus
 from data_scripts.worked_mathematics import TASKS, worked_problems
+from recipes.task_puzzles import PUZZLE_TASKS
 from recipes.text_files import ReadReport, cut_at_paragraphs, list_files
 
 
@@ -71,10 +72,24 @@ def test_worked_answers_satisfy_their_verifier():
     for name, document in problems.items():
         task, index = name.split("#")
         # The same entry, made here, scores the answer line of the document.
-        dataset = reasoning_gym.create_dataset(task, size=4, seed=7 + 1_000_003 * place[task], **TASKS[task][1])
+        dataset = reasoning_gym.create_dataset(task, size=100, seed=7 + 1_000_003 * place[task], **TASKS[task][1])
         answer = document.rstrip("\n").rsplit("\nAnswer: ", 1)[1]
         assert dataset.score_answer(answer, dataset[int(index)]) == 1.0
         assert dataset.score_answer("zzz", dataset[int(index)]) < 1.0
+
+
+def test_no_worked_problem_is_on_the_test_side():
+    """What a problem asks decides the side, whatever the wording; about a fifth of the generators' entries are left out."""
+    kept = dict(worked_problems(seed=7, limit=len(TASKS) * 40))
+    place = {name: number for number, name in enumerate(TASKS)}
+    indices = {name: [int(label.split("#")[1]) for label in kept if label.startswith(f"{name}#")] for name in TASKS}
+    for name, numbers in indices.items():
+        task = PUZZLE_TASKS[name]
+        dataset = reasoning_gym.create_dataset(name, size=1, seed=7 + 1_000_003 * place[name], **TASKS[name][1])
+        assert {task.split_of(task.candidate(dataset[i])) for i in numbers} == {"train"} and len(numbers) == 40
+        left_out = set(range(max(numbers))) - set(numbers)
+        sides = [task.split_of(task.candidate(dataset[i])) for i in left_out]
+        assert "test" in sides
 
 
 def test_every_local_format_gives_the_same_documents(tmp_path):

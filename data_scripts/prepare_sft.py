@@ -1,0 +1,374 @@
+"""Make a set of conversations for SFT: worked traces, small dialogues, your files or Hub data sets.
+
+    python -m data_scripts.prepare_sft --output_dir data/sft_tiny --size tiny
+    python -m data_scripts.prepare_sft --output_dir data/mine --tasks chain_sum:1-3,gcd --problems 2000
+    python -m data_scripts.prepare_sft --output_dir data/mixed --size nano --source chats=./chats.jsonl \\
+        --source numina=HUB/NAME --columns numina:question=problem,answer=solution --mixture traces=70,chats=20,numina=10
+
+Writes train.jsonl, test.jsonl and manifest.json. A row has `messages` in TRL's format (assistant turns as
+"<think>\\n...\\n</think>\\n\\nanswer"), and source, task, difficulty, style, key. test.jsonl is for the loss on held-out
+problems: a row whose problem belongs to a task lies on the side that the task's own split says, other
+rows are split by a hash of their key (or first question). No key is on both sides; that is asserted.
+A finished set of the same settings is not made again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import platform
+import random
+import re
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from data_scripts import packed_writer
+from data_scripts.prepare_pretraining import parse_mixture
+from data_scripts.sft_rows import BUILT_IN, built_in_rows, parse_tasks
+from data_scripts.sft_sources import RowReport, conversations, parse_columns
+from data_scripts.sources import identity
+from data_scripts.traces import BACKTRACK_SHARE, CHECK_SHARE, VOICE_SHARES
+from recipes.conversations import check_conversation
+from recipes.task_base import split_of
+from recipes.tasks import TASKS
+
+logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "conversations", 1
+SPLITS = ("train", "test")
+OURS = re.compile(r"manifest\.json|(train|test)\.jsonl")
+ROW = ("messages", "source", "task", "difficulty", "style", "key")
+# Tasks of `tiny`: short prompts, few distinct tokens, steps that are copies, counts or small sums. A model of 3 M
+# parameters leaves 0 % on them within minutes; the others of `nano` want more parameters and steps.
+SIZES = {
+    "tiny": {"tasks": "chain_sum:1,word_sequence_reversal:1,number_filtering:1,leg_counting:1,spell_backward:1",
+             "problems": 800, "test_problems": 30, "dialogues": 200, "repeats": 6,
+             "voices": {"terse": 0.9, "prose": 0.05, "numbered": 0.05}, "check": 0.1, "backtrack": 0.05},
+    "nano": {"tasks": "chain_sum,basic_arithmetic:1-2,products,simple_equations,decimal_chain_sum:1-2,leg_counting,gcd,"
+                      "count_bits,base_conversion:1-2,count_primes:1-2,letter_counting,spell_backward,word_sorting,"
+                      "word_sequence_reversal,number_sorting,number_filtering,binary_alternation:1-2,"
+                      "caesar_cipher:1-2,family_relationships,syllogism,calendar_arithmetic:1-2,number_sequence,"
+                      "largest_island:1,fraction_simplification:1-2,mini_sudoku:1",
+             "problems": 800, "test_problems": 20, "dialogues": 3_000, "repeats": 3, "voices": VOICE_SHARES,
+             "check": CHECK_SHARE, "backtrack": BACKTRACK_SHARE},
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything that decides the output; kept in the manifest."""
+
+    tasks: dict
+    problems: int
+    test_problems: int
+    dialogues: int
+    repeats: int
+    sources: dict
+    columns: dict
+    mixture: dict | None
+    voices: dict
+    check: float
+    backtrack: float
+    direct_answers: str
+    max_characters: int
+    test_share: float
+    errors: str
+    seed: int
+
+    def __post_init__(self):
+        for name in ("check", "backtrack", "test_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("problems", "repeats", "max_characters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if set(self.voices) - set(VOICE_SHARES) or sum(self.voices.values()) <= 0:
+            raise ValueError(f"voices={self.voices} must give shares to {', '.join(VOICE_SHARES)}")
+        if self.direct_answers not in ("empty_block", "bare"):
+            raise ValueError(f"direct_answers={self.direct_answers!r} must be 'empty_block' or 'bare'")
+        for name, location in self.sources.items():
+            if location == "built-in" and name not in BUILT_IN:
+                raise ValueError(f"source {name!r} is not built in; built in are {', '.join(BUILT_IN)}. Give its file, "
+                                 f"folder or Hub name with --source {name}=LOCATION")
+        if self.mixture is not None:
+            if set(self.mixture) != set(self.sources):
+                raise ValueError(f"mixture names {', '.join(self.mixture)}, the sources are {', '.join(self.sources)}: "
+                                 "give every source a share")
+            if not math.isclose(sum(self.mixture.values()), 100, abs_tol=0.01) or min(self.mixture.values()) <= 0:
+                raise ValueError(f"mixture {self.mixture} must sum to 100 (per cent of conversations), each above 0")
+        if set(self.columns) - set(self.sources):
+            raise ValueError(f"columns for {min(set(self.columns) - set(self.sources))!r}, which is no source; "
+                             f"sources are {', '.join(self.sources)}")
+
+    def fingerprint(self):
+        inputs = {name: {"reasoning-gym": version("reasoning-gym")} if location == "built-in" else
+                  identity(name, location) for name, location in self.sources.items()}
+        content = json.dumps([VERSION, dataclasses.asdict(self), inputs, code_version()], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def code_version():
+    """SHA-256 over the modules that decide what built-in rows look like: sets are remade when they change."""
+    folder = Path(__file__).parent
+    names = sorted([*folder.glob("traces*.py"), folder / "dialogues.py", folder / "sft_rows.py", folder / "sft_sources.py"])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()
+
+
+def key_of(row):
+    """What a row asks: its key, else its first question."""
+    return row["key"] or next(message["content"] for message in row["messages"] if message["role"] == "user")
+
+
+def side_of(row, test_share):
+    """The split that a row belongs to: the task's, where the row names a task's problem."""
+    own = row["task"] in TASKS and row["key"]
+    return split_of(row["key"]) if own else split_of(key_of(row), test_share)
+
+
+def outside_rows(name, settings, report):
+    """{"train": rows, "test": rows} of a file, folder or Hub data set."""
+    rows = {split: [] for split in SPLITS}
+    for row in conversations(settings.sources[name], settings.columns.get(name) or settings.columns.get(""),
+                             settings.errors, report, settings.direct_answers, settings.max_characters):
+        rows[side_of(row, settings.test_share)].append(row)
+    if not rows["train"]:
+        raise ValueError(f"source {name!r} ({settings.sources[name]}) gave no training conversation"
+                         + (f"; {report.skipped} were skipped, the first: {report.examples[0]}" if report.skipped else "")
+                         + (f"; {report.too_long} have more than max_characters={settings.max_characters}"
+                            if report.too_long else ""))
+    return rows
+
+
+def gather(settings, progress):
+    """Rows of every source and what was left out: {source: {split: rows}}, {source: counts}."""
+    found, left_out = {}, {}
+    for name, location in settings.sources.items():
+        if location == "built-in":
+            found[name], left_out[name] = built_in_rows(name, settings, progress)
+        else:
+            report = RowReport()
+            found[name] = outside_rows(name, settings, report)
+            left_out[name] = {"skipped": report.skipped, "too long": report.too_long, "examples": report.examples}
+        for rows in found[name].values():
+            for row in rows:
+                row["source"] = name
+    return found, left_out
+
+
+def without_repeats(found, left_out):
+    """Remove conversations that are the same word for word, the earlier source keeping its own."""
+    seen = set()
+    for name, splits in found.items():
+        for split in ("test", "train"):
+            kept = []
+            for row in splits[split]:
+                digest = hashlib.sha256(json.dumps(row["messages"], ensure_ascii=False).encode()).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    kept.append(row)
+            left_out[name]["duplicates"] = left_out[name].get("duplicates", 0) + len(splits[split]) - len(kept)
+            splits[split] = kept
+
+
+def mix(found, settings):
+    """Rows of each split in the order of the file: shuffled, and cut to the mixture's shares if there is one."""
+    mixed = {}
+    for split in SPLITS:
+        rows = {name: list(splits[split]) for name, splits in found.items() if splits[split]}
+        for name, part in rows.items():
+            random.Random(f"{settings.seed} {split} {name}").shuffle(part)
+        if settings.mixture and rows:
+            possible = {name: len(part) / settings.mixture[name] for name, part in rows.items()}
+            scarce = min(possible, key=possible.get)
+            rows = {name: part[:max(1, round(possible[scarce] * settings.mixture[name]))] for name, part in rows.items()}
+            if split == "train":
+                logger.info("mixture: source %r with its %d conversations sets the total", scarce, len(rows[scarce]))
+        mixed[split] = [row for part in rows.values() for row in part]
+        random.Random(f"{settings.seed} {split}").shuffle(mixed[split])
+    return mixed
+
+
+def assert_disjoint(mixed):
+    """No problem and no first question on both sides."""
+    keys = {split: {key for row in rows for key in row.get("keys", [key_of(row)])} for split, rows in mixed.items()}
+    common = keys["train"] & keys["test"]
+    assert not common, f"{len(common)} problems are in both splits, for instance {min(common)[:200]!r}"
+
+
+def write_split(rows, path):
+    """Write one file; returns its manifest entry."""
+    tally = {name: Counter() for name in ("sources", "styles")}
+    tasks, problems, size = {}, {}, 0
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            check_conversation(row["messages"])
+            line = json.dumps({name: row[name] for name in ROW}, ensure_ascii=False) + "\n"
+            file.write(line)
+            size += len(line.encode("utf-8"))
+            tally["sources"][row["source"]] += 1
+            tally["styles"][row["style"] or "none"] += 1
+            if row["task"]:
+                label = f"{row['task']}:{row['difficulty']}"
+                tasks[label] = tasks.get(label, 0) + 1
+                problems.setdefault(label, set()).add(row["key"])
+    return {"rows": len(rows), "bytes": size, "sha256": packed_writer.file_sha256(path),
+            **{name: dict(sorted(counts.items())) for name, counts in tally.items()},
+            "tasks": {label: {"rows": tasks[label], "problems": len(problems[label])} for label in sorted(tasks)}}
+
+
+def read_finished(folder, fingerprint):
+    """The manifest of a finished set made with these settings whose files are intact, else None."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if (manifest.get("format"), manifest.get("version"), manifest.get("fingerprint")) != (FORMAT, VERSION, fingerprint):
+        return None
+    files = {split: Path(folder) / f"{split}.jsonl" for split in SPLITS}
+    intact = all(file.is_file() and packed_writer.file_sha256(file) == manifest["splits"][split]["sha256"]
+                 for split, file in files.items())
+    return manifest if intact else None
+
+
+def source_licences(settings, found):
+    entries = {}
+    for name, location in settings.sources.items():
+        given = sorted({row["licence"] for rows in found[name].values() for row in rows if row.get("licence")})
+        entries[name] = {"location": location, "licence": BUILT_IN[name] if location == "built-in" else
+                         "; ".join(given) or "not stated by the source: look it up"}
+    return entries
+
+
+def prepare(output_dir, *, size="tiny", tasks=None, problems=None, test_problems=None, dialogues=None, repeats=None,
+            sources=None, columns=None, mixture=None, voices=None, check=None, backtrack=None,
+            direct_answers="empty_block", max_characters=1_200, test_share=0.05, errors="strict", seed=0,
+            overwrite=False, progress=True):
+    """Make the set, or find it finished; return its manifest.
+
+    Args:
+        size: preset of SIZES for the arguments from tasks to repeats, voices, check and backtrack, where None.
+        tasks: "name:levels,..." as `parse_tasks` reads it; problems: rows for each task and level, at most.
+        repeats: how many differently told traces one problem may have, where a level has few problems.
+        sources: {name: "built-in", path or Hub name}; None for the built-in ones.
+        columns: {source, or "" for all: {our field: its column}}; mixture: {source: per cent}; None takes all rows.
+        voices, check, backtrack: shares of the styles, see `traces.py`.
+        max_characters: of the longest turn; longer ones are left out and counted.
+    Raises:
+        ValueError: impossible settings or an unusable row, naming the place and the way out.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} is unknown; known sizes are {', '.join(SIZES)}")
+    preset = {**SIZES[size], **{name: value for name, value in {
+        "tasks": tasks, "problems": problems, "test_problems": test_problems, "dialogues": dialogues,
+        "repeats": repeats, "voices": voices, "check": check, "backtrack": backtrack}.items() if value is not None}}
+    settings = Settings(
+        **{**preset, "tasks": parse_tasks(preset["tasks"])}, sources=dict(sources or dict.fromkeys(BUILT_IN, "built-in")),
+        columns=columns or {}, mixture=mixture, direct_answers=direct_answers, max_characters=max_characters, test_share=test_share, errors=errors,
+        seed=seed)
+    fingerprint = settings.fingerprint()
+    finished = None if overwrite else read_finished(output_dir, fingerprint)
+    if finished is not None:
+        logger.info("%s is finished and intact: nothing to do", output_dir)
+        return finished
+    with packed_writer.build_beside(output_dir, OURS, "a set of conversations") as folder:
+        found, left_out = gather(settings, progress)
+        without_repeats(found, left_out)
+        mixed = mix(found, settings)
+        assert_disjoint(mixed)
+        manifest = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "seed": seed,
+                    "arguments": dataclasses.asdict(settings), "sources": source_licences(settings, found),
+                    "versions": {"python": platform.python_version(), "reasoning-gym": version("reasoning-gym")},
+                    "splits": {split: write_split(mixed[split], folder / f"{split}.jsonl") for split in SPLITS},
+                    "left_out": left_out}
+        packed_writer.write_manifest(folder, manifest)
+    return manifest
+
+
+def summary(manifest):
+    """The manifest as a table."""
+    train, test = (manifest["splits"][split] for split in SPLITS)
+    lines = [f"{'task:level':28} {'train rows':>10} {'problems':>9} {'test':>5}"]
+    for label, counts in train["tasks"].items():
+        lines.append(f"{label:28} {counts['rows']:>10,} {counts['problems']:>9,} "
+                     f"{test['tasks'].get(label, {}).get('rows', 0):>5,}")
+    for split, entry in manifest["splits"].items():
+        lines.append(f"{split}: {entry['rows']:,} conversations, {entry['bytes']:,} bytes; "
+                     + ", ".join(f"{name} {count:,}" for name, count in entry["sources"].items()))
+    styles = Counter({style: count for style, count in train["styles"].items() if style.split("+")[0] in VOICE_SHARES})
+    lines.append("styles: " + ", ".join(f"{style} {count:,}" for style, count in styles.most_common()))
+    for name, counts in manifest["left_out"].items():
+        said = ", ".join(f"{count:,} {why}" for why, count in counts.items() if isinstance(count, int) and count)
+        lines += [f"left out of {name}: {said}"] if said else []
+    return "\n".join(lines)
+
+
+def parse_pairs(entries, what):
+    pairs = [entry.partition("=") for entry in entries]
+    if any(not (name and value) for name, _, value in pairs):
+        raise ValueError(f"--{what} takes NAME=LOCATION, for instance --{what} mine=./chats.jsonl, or "
+                         f"{next(iter(BUILT_IN))}=built-in")
+    return {name: value for name, _, value in pairs}
+
+
+def parse_column_options(entries, sources):
+    """['numina:question=problem'] -> {"numina": {...}}; without a name before ':' for all sources."""
+    columns = {}
+    for entry in entries:
+        name, colon, mapping = entry.partition(":")
+        named = colon and "=" not in name
+        columns[name if named else ""] = parse_columns(mapping if named else entry)
+    return columns if "" not in columns else {**{name: columns[""] for name in sources if sources[name] != "built-in"},
+                                              **{name: value for name, value in columns.items() if name}}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder for the set; replaced as a whole")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="preset (default: %(default)s)")
+    parser.add_argument("--tasks", help="name[:level[-level]],...; without levels 1-3 (default: the preset's)")
+    parser.add_argument("--problems", type=int, help="rows for each task and level, at most")
+    parser.add_argument("--test_problems", type=int, help="held-out rows for each task and level")
+    parser.add_argument("--dialogues", type=int, help="conversations of several turns")
+    parser.add_argument("--repeats", type=int, help="traces of one problem, where a level has few problems")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=LOCATION",
+                        help=f"repeatable: {', '.join(BUILT_IN)}=built-in, or a name of your choice and a .jsonl or "
+                             "Parquet file, a folder, or a Hub data set. Built-in sources that a --mixture leaves out "
+                             "or --only_given drops are not made")
+    parser.add_argument("--only_given", action="store_true", help="without the built-in sources unless they are given")
+    parser.add_argument("--columns", action="append", default=[], metavar="[NAME:]FIELD=COLUMN,...",
+                        help="where a source has our fields: messages, question, answer, reasoning, system")
+    parser.add_argument("--mixture", help="per cent of conversations, NAME=PERCENT,... (default: all rows of all sources)")
+    parser.add_argument("--voices", help="shares of terse, prose, numbered, as terse=70,prose=15,numbered=15 "
+                        "(these and the next two: the preset's)")
+    parser.add_argument("--check", type=float, help="share of traces that end with a check")
+    parser.add_argument("--backtrack", type=float, help="share with a step gone wrong and mended")
+    parser.add_argument("--direct_answers", choices=("empty_block", "bare"), default="empty_block",
+                        help="answers without reasoning get an empty block, or nothing, before them")
+    parser.add_argument("--max_characters", type=int, default=1_200, help="of one turn (default: %(default)s)")
+    parser.add_argument("--test_share", type=float, default=0.05, help="held-out share of rows that belong to no task")
+    parser.add_argument("--errors", choices=("strict", "skip"), default="strict", help="what to do with bad rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="make it again even if it is finished")
+    arguments = vars(parser.parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        given, only = parse_pairs(arguments.pop("source"), "source"), arguments.pop("only_given")
+        mixture = parse_mixture(arguments.pop("mixture")) if arguments["mixture"] else arguments.pop("mixture")
+        built_in = {} if only else {name: "built-in" for name in BUILT_IN if mixture is None or name in mixture}
+        sources = {**built_in, **given}
+        if not sources:
+            raise ValueError("no sources: --only_given without --source")
+        voices = parse_mixture(arguments.pop("voices")) if arguments["voices"] else arguments.pop("voices")
+        columns = parse_column_options(arguments.pop("columns"), sources)
+        manifest = prepare(arguments.pop("output_dir"), sources=sources, mixture=mixture, voices=voices, columns=columns,
+                           **arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(summary(manifest))
+
+
+if __name__ == "__main__":
+    main()
