@@ -9,6 +9,7 @@ from .experts import compute_dtype
 
 # Logits held at a time, in elements: 256 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 26
+KEPT_SHARE = 0.9  # below it, ignored tokens are worth leaving out of the head's pass
 
 
 def chunk_rows(tokens, vocab_size):
@@ -123,6 +124,16 @@ def linear_cross_entropy(hidden, head, labels, label_smoothing=0.0, ignore_index
     O(chunk * V + T * D + V * D). `label_smoothing` as in `torch.nn.functional.cross_entropy`.
     Raises IndexError or RuntimeError (on the CPU) for a label outside [0, V).
     """
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # looking at labels waits for a GPU
+        kept = labels != ignore_index
+        if kept.sum() < KEPT_SHARE * len(labels) and kept.any():
+            total, losses = _whole_linear_cross_entropy(hidden[kept], head, labels[kept], label_smoothing, ignore_index)
+            return total, losses.new_zeros(len(labels)).masked_scatter(kept, losses)
+    return _whole_linear_cross_entropy(hidden, head, labels, label_smoothing, ignore_index)
+
+
+def _whole_linear_cross_entropy(hidden, head, labels, label_smoothing, ignore_index):
+    """`linear_cross_entropy` with a head's pass over every token, ignored or not."""
     if is_plain_linear(head):
         return _LinearCrossEntropy.apply(hidden, head.weight, labels, label_smoothing, ignore_index)
     return _module_cross_entropy(hidden, head, labels, label_smoothing, ignore_index)

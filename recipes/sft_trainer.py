@@ -7,21 +7,9 @@ from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from recipes.fused_forward import SFTOutput, extend_fused_forward, mtp_loss, smoothed_loss
 from recipes.packed_rows import ExamplesCollator
 from recipes.recipe_trainer import RecipeTrainerMixin
 from recipes.sizing import device_peak_flops, flops_per_token
-
-
-class _Recorder:
-    """Calls a model and keeps what it returned."""
-
-    def __init__(self, model):
-        self.model, self.outputs = model, None
-
-    def __call__(self, **inputs):
-        self.outputs = self.model(**inputs)
-        return self.outputs
 
 
 @contextlib.contextmanager
@@ -57,9 +45,9 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
             done_already["label_smoothing_factor"] = 0.0  # TRL's way would hold all logits
         with _settings(args, done_already):
             super().__init__(model=model, args=args, **kwargs)
-        extend_fused_forward(causal_lm(self.model), SFTOutput, mtp_loss, smoothed_loss)
+        self.own_loss = hasattr(causal_lm(self.model), "routers") and args.loss_type == "nll"
         if self.padding_free and "flash" not in config._attn_implementation:  # which wants one row and its offsets
-            own = hasattr(causal_lm(self.model), "routers")
+            own = hasattr(causal_lm(self.model), "routers")  # others do not know the argument
             self.data_collator = ExamplesCollator(self._tokenizer.pad_token_id, token_mask=own)
         peak_flops, self.peak_source = device_peak_flops(args.device, args.device_peak_tflops)
         length = sum(map(len, self._sample_lengths())) / max(len(self._sample_lengths()), 1)
@@ -83,24 +71,20 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
         return batch["input_ids"].numel() if mask is None else mask.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        recorder = _Recorder(model)
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        self._metrics["train" if self.model.training else "eval"].pop("num_tokens", None)  # we log `tokens`
-        loss, outputs = result if return_outputs else (result, recorder.outputs)
-        if not self.model.training or not isinstance(recorder.outputs, SFTOutput):
-            return result
-        extra = recorder.outputs
-        items = extra.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        factor = 1.0 / items.clamp(min=1)
+        """A DeepSeek model's own loss. TRL would run the backbone and a head of its own, which knows neither MTP nor
+        label smoothing and costs more: it looks at every token where there is no GPU, and at each one's entropy."""
+        if not (self.own_loss and self.model.training):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._metrics["train" if self.model.training else "eval"].pop("num_tokens", None)  # we log `tokens`
+            return loss
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        factor = 1.0
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            factor = factor * (self.accelerator.num_processes // self.get_tp_size())  # DDP takes the mean
-        if extra.smoothed_loss is not None:
-            loss = extra.smoothed_loss * factor
-        if extra.mtp_loss is not None:
-            part = extra.mtp_loss * factor
-            loss = loss + causal_lm(self.model).config.mtp_loss_coef * part
+            factor = self.accelerator.num_processes // self.get_tp_size()  # DDP takes the mean
+        if outputs.mtp_loss is not None:
             accumulated = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
-            self.add_mtp_loss(part / accumulated)
+            self.add_mtp_loss(outputs.mtp_loss * factor / accumulated)
+        loss = outputs.loss * factor
         return (loss, outputs) if return_outputs else loss
 
     # -- held-out loss
