@@ -11,7 +11,7 @@ import re
 from itertools import cycle
 
 from data_scripts.traces import NoProcedure, content, make, solve
-from data_scripts.traces_base import one_line, spaced
+from data_scripts.traces_base import spaced
 from recipes.task_base import mix_seed
 from recipes.tasks import get_task
 
@@ -35,6 +35,7 @@ ABOUT = ("I am a small language model. I work out small exact tasks: sums, lists
 DOUBTS = ("Are you sure?", "Is that right?", "Please check that.")
 HOW = ("How did you get that?", "Show me the steps.", "Why?")
 MOVES = ("another", "doubt", "wrong claim", "right claim", "how")
+FRUITLESS = 500  # problems in a row that give no dialogue short enough: then there are no more
 
 
 def user(text):
@@ -79,7 +80,8 @@ def _tell(move, problem, other, working, wrong, rng):
         return [user(rng.choice(DOUBTS)), assistant(again, f"Yes, the answer is {answer}.")]
     if move == "wrong claim":
         claim = rng.choice(("I think it is {}.", "I get {}.", "Is it not {}?")).format(wrong)
-        return [user(claim), assistant(f"{steps}\n{answer}, not {wrong}", f"No, it is not {wrong}. The answer is {answer}.")]
+        denied = f"No, it is not {wrong}. The answer is {answer}."
+        return [user(claim), assistant(f"{steps}\n{answer}, not {wrong}", denied)]
     if move == "right claim":
         return [user(f"I have {answer} too."), assistant(f"{steps}\nthe same", f"Yes, the answer is {answer}.")]
     told = "\n".join(f"{place}. {spaced(step.text)}" for place, step in enumerate(working.steps, 1))
@@ -98,8 +100,7 @@ def dialogue(problem, other, rng):
         moves.append("about")
     first = make(problem, rng)
     messages += [user(problem.prompt), assistant(first.reasoning, first.answer)]
-    chosen = rng.choice(MOVES if "\n" not in one_line(problem.reference) else MOVES[:1])
-    turns, chosen = _turns(chosen, problem, other, rng)
+    turns, chosen = _turns(rng.choice(MOVES), problem, other, rng)
     messages += turns
     moves.append(chosen)
     if rng.random() < 0.2:
@@ -118,9 +119,9 @@ def dialogues(seed, split, tasks, count, longest):
     """
     pairs = [(name, level) for name, levels in tasks.items() if name in ANOTHER for level in levels]
     streams = {pair: get_task(pair[0]).stream(split, mix_seed("dialogues", seed), pair[1]) for pair in pairs}
-    made = 0
+    made = fruitless = 0
     for pair in cycle(pairs):
-        if made == count or not streams:
+        if made == count or not streams or fruitless >= FRUITLESS:
             return
         if pair not in streams:
             continue
@@ -129,13 +130,14 @@ def dialogues(seed, split, tasks, count, longest):
             del streams[pair]
             continue
         rng = random.Random(mix_seed("dialogue", seed, problem.task, problem.metadata["key"]))
+        fruitless += 1
         try:
             messages, moves = dialogue(problem, other, rng)
         except NoProcedure:
             continue
         if max(len(message["content"]) for message in messages) > longest:
             continue
-        made += 1
+        made, fruitless = made + 1, 0
         keys = [problem.metadata["key"]] + [other.metadata["key"]] * ("another" in moves)
         yield {"messages": messages, "task": problem.task, "difficulty": pair[1], "style": "+".join(moves),
-               "key": keys[0], "keys": keys}
+               "key": keys[0], "keys": keys, "question": problem.prompt}

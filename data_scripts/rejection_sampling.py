@@ -29,13 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
 from data_scripts.rejection_rules import CHOICES, REASONS, Rules, refusal, take, whole_text
-from data_scripts.sft_sources import read_rows
+from data_scripts.row_files import read_rows
+from data_scripts.sft_sources import problem_key, problem_side
 from recipes.checkpoint_files import hash_file, write_atomically
-from recipes.conversations import check_conversation
+from recipes.conversations import as_messages, check_conversation, read_json
 from recipes.evaluation import model_fingerprint, parse_task, read_completions
 from recipes.logging_callbacks import git_commit
 from recipes.sampling import SamplingSettings, sample_completions
-from recipes.task_base import Problem, split_of
+from recipes.task_base import Problem
 from recipes.tasks import get_task
 from recipes.text_files import BadInput
 
@@ -69,22 +70,19 @@ def source_problems(location, folder=None):
     for number, (place, row) in enumerate(read_rows(location)):
         if isinstance(row, BadInput):
             raise row
-        turns = row.get("messages") or []
-        prompt = row.get("prompt") or next((turn["content"] for turn in turns if turn["role"] == "user"), None)
-        reference = row.get("reference") or row.get("answer")
-        if not (prompt and reference and row.get("task")):
-            raise ValueError(f"{place} needs prompt (or messages), reference and task; it has {', '.join(row)}")
-        task = get_task(row["task"], folder)
-        metadata = row.get("metadata") or {}
-        metadata = json.loads(metadata) if isinstance(metadata, str) else dict(metadata)
-        key = row.get("key") or metadata.get("key")
-        if key is None and getattr(task, "key", None) is not None:
-            raise ValueError(f"{place}: problems of {task.name} are told apart by a key, not by their prompt; give the "
-                             "column key (metadata['key'] of the problem), so that test problems can be kept out")
-        metadata["key"] = key or prompt
-        side = "test" if "train" not in task.splits else (
-            None if task.generated else metadata.get("split_given")) or split_of(metadata["key"])
-        if side == "test":
+        try:
+            turns = as_messages(row.get("prompt") if isinstance(row.get("prompt"), list) else row.get("messages") or [])
+            asked = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
+            prompt = row["prompt"] if isinstance(row.get("prompt"), str) else asked
+            reference = row.get("reference") if row.get("reference") is not None else row.get("answer")
+            if not prompt or reference is None or not row.get("task"):
+                raise ValueError(f"prompt (or messages), reference and task are needed; it has {', '.join(row)}")
+            task, metadata = get_task(row["task"], folder), dict(read_json(row.get("metadata"), "metadata") or {})
+            metadata["key"] = problem_key(task.name, row.get("key") or metadata.get("key"), prompt)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        given = None if task.generated else metadata.get("split_given")  # of a set with official parts
+        if (given or problem_side(task.name, metadata["key"])) == "test":
             raise ValueError(f"{place} is on the test side of task {task.name}: {str(metadata['key'])[:100]!r} may not "
                              "be trained on; leave the row out")
         metadata.setdefault("difficulty", row.get("difficulty", 0))
@@ -175,7 +173,8 @@ def select(problems, samples, settings, rules, facts):
         tally.update(accepted=len(accepted), duplicates=duplicates, taken=len(taken), solved=bool(accepted))
         tally.update({"over the cap": len(accepted) - duplicates - len(taken)})
         for row in taken:
-            messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": row["text"].strip()}]
+            messages = [{"role": "user", "content": problem.prompt},
+                        {"role": "assistant", "content": row["text"].strip()}]
             check_conversation(messages)
             rows.append({
                 "messages": messages, "source": "rejection_sampling", "task": problem.task,
@@ -218,8 +217,9 @@ def run(model, tokenizer, problems, settings, rules, output_dir, location="model
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / TRAIN, data)
     total = sum(figures.values(), Counter())
-    manifest = {**facts, "code": git_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows),
-                "sha256": hash_file(folder / TRAIN), "acceptance": total["accepted"] / max(total["samples"], 1),
+    manifest = {**facts, "code": git_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "rows": len(rows), "sha256": hash_file(folder / TRAIN),
+                "acceptance": total["accepted"] / max(total["samples"], 1),
                 "tasks": {name: {**tally, "acceptance": tally["accepted"] / tally["samples"]}
                           for name, tally in figures.items()}}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -85,9 +85,8 @@ def built_in_rows(source, settings, progress):
             for row in dialogues(settings.seed, split, settings.tasks, count, settings.max_characters):
                 row["messages"] = with_blocks(row["messages"], settings.direct_answers)
                 rows[split].append(row)
-        return rows, {}
+        return rows, {"fewer than asked for": settings.dialogues - len(rows["train"])}
     pairs = [(name, level) for name, levels in settings.tasks.items() for level in levels]
-    held_out = set()
     for name, level in tqdm(pairs, desc="traces", unit=" levels", disable=not progress):
         rows["test"] += trace_rows(name, level, "test", settings.test_problems, settings, left_out)
         rows["train"] += trace_rows(name, level, "train", settings.problems, settings, left_out)

@@ -2,31 +2,32 @@
 
 Understood without a mapping (the first that is present):
 
-| columns                                          | read as                                                    |
-|--------------------------------------------------|------------------------------------------------------------|
-| `messages`, `conversations`, `conversation`      | turns with role/from and content/value                     |
-| `prompt` and `completion` that hold turns        | one conversation                                           |
-| `question`, `problem`, `instruction`, `prompt`, `input` and `answer`, `solution`, `response`, `output`, `completion`, optionally `reasoning`, `thought`, `thinking`, `reasoning_content`, `system` | one question and its answer |
+| columns                                     | read as                                                           |
+|---------------------------------------------|-------------------------------------------------------------------|
+| `messages`, `conversations`, `conversation` | turns with role/from and content/value                            |
+| `prompt` and `completion` that hold turns   | one conversation                                                  |
+| those of FIELDS for question and answer     | one question and its answer, with reasoning and system if present |
+| `instruction` with `input`                  | the question in two parts, as in Alpaca's sets                    |
 
-`{"question": "problem", "answer": "solution"}` says otherwise: the column that each of our fields is in.
+`{"question": "problem", "answer": "solution"}` says otherwise: the column that each of our fields is in; it goes
+before all of the above.
 """
 
-import gzip
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from data_scripts.row_files import read_rows
 from data_scripts.traces import content as put_together
-from recipes.conversations import CLOSE, OPEN, check_conversation
-from recipes.text_files import BadInput, ReadReport, is_local, is_saved_dataset, list_files
+from recipes.conversations import CLOSE, OPEN, as_messages, check_conversation
+from recipes.task_base import split_of
+from recipes.tasks import TASKS
+from recipes.text_files import BadInput, ReadReport
 
 FIELDS = {"messages": ("messages", "conversations", "conversation"),
           "question": ("question", "problem", "instruction", "prompt", "input"),
           "answer": ("answer", "solution", "response", "output", "completion"),
           "reasoning": ("reasoning", "thought", "thinking", "reasoning_content"), "system": ("system",)}
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-              "observation": "tool", "function": "tool"}
-# Columns that are taken over as they are; others are dropped.
+# Columns that are taken over; others are dropped, and so is what is not of the default's type.
 PASSED_ON = {"task": "", "difficulty": 0, "style": "", "key": "", "licence": ""}
 
 
@@ -42,53 +43,6 @@ def parse_columns(text):
     return columns
 
 
-def _json_rows(path):
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-                yield place, row if isinstance(row, dict) else BadInput(f"{place} holds no object")
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield place, BadInput(f"{place} is not JSON in UTF-8 ({error})")
-
-
-def _parquet_rows(path):
-    from pyarrow import parquet
-
-    number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1_000):
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", row
-            number += 1
-
-
-def read_rows(location):
-    """Yield (place, row or BadInput) of a file, a folder, a saved data set or a Hub name (streamed, split train)."""
-    if is_local(location) and not is_saved_dataset(location):
-        for path in list_files(location):
-            if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
-                yield from _json_rows(path)
-            elif path.name.lower().endswith(".parquet"):
-                yield from _parquet_rows(path)
-            else:
-                raise ValueError(f"{path} is no set of conversations: give .jsonl, .jsonl.gz or .parquet files")
-        return
-    import datasets
-
-    if is_saved_dataset(location):
-        loaded = datasets.load_from_disk(str(Path(location).expanduser()))
-        rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-    else:
-        name, _, configuration = str(location).partition(":")
-        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-    for number, row in enumerate(rows):
-        yield f"{location} row {number}", row
-
-
 def _column(row, field, columns):
     if field in columns:
         if columns[field] not in row:
@@ -98,18 +52,19 @@ def _column(row, field, columns):
     return next((row[name] for name in FIELDS[field] if row.get(name) is not None), None)
 
 
-def _turn(message):
-    """One turn under our names; `reasoning_content` moves into the content."""
-    if not isinstance(message, dict):
-        raise BadInput(f"a turn is a {type(message).__name__}, expected role and content")
-    role = message.get("role", message.get("from"))
-    text = message.get("content", message.get("value"))
-    turn = {"role": ROLE_NAMES.get(role, role), "content": text}
-    if message.get("reasoning_content") and isinstance(text, str) and CLOSE not in text:
-        turn["content"] = put_together(message["reasoning_content"], text)
-    if message.get("tool_calls"):
-        turn["tool_calls"] = message["tool_calls"]
-    return turn
+def _text(value, field):
+    if not isinstance(value, str):
+        raise BadInput(f"{field} is a {type(value).__name__}, expected text")
+    return value
+
+
+def _with_content(message):
+    """A message whose `reasoning_content` has moved into its content, where all rows of a set have it."""
+    reasoning, text = message.get("reasoning_content"), message["content"]
+    kept = {name: message[name] for name in ("role", "content", "tool_calls") if name in message}
+    if reasoning and isinstance(text, str) and CLOSE not in text:
+        kept["content"] = put_together(_text(reasoning, "reasoning_content"), text)
+    return kept
 
 
 def to_messages(row, columns):
@@ -118,19 +73,50 @@ def to_messages(row, columns):
     Raises:
         ValueError: if no column is known, naming those that are present and how to map them.
     """
-    turns = _column(row, "messages", columns)
-    if turns is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        turns = [*row["prompt"], *row["completion"]]
-    if turns is not None:
-        return [_turn(message) for message in turns]
+    if "messages" in columns or not {"question", "answer"} & set(columns):
+        turns = _column(row, "messages", columns)
+        if turns is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+            turns = [*row["prompt"], *row["completion"]]
+        if turns is not None:
+            return [_with_content(message) for message in as_messages(turns, columns.get("messages", "messages"))]
     question, answer = _column(row, "question", columns), _column(row, "answer", columns)
     if question is None or answer is None:
-        raise ValueError(f"no conversation in the columns {', '.join(row) or '(none)'}: pass --columns messages=NAME, or "
-                         "--columns question=NAME,answer=NAME (reasoning=NAME,system=NAME as well if there are)")
+        raise ValueError(f"no conversation in the columns {', '.join(row) or '(none)'}: pass --columns messages=NAME, "
+                         "or --columns question=NAME,answer=NAME (reasoning=NAME,system=NAME as well if there are)")
+    question, answer = _text(question, "question"), _text(answer, "answer")
+    if "question" not in columns and question == row.get("instruction") and row.get("input"):
+        question = f"{question}\n\n{_text(row['input'], 'input')}"
     reasoning, system = _column(row, "reasoning", columns), _column(row, "system", columns)
-    turns = [{"role": "user", "content": question},
-             {"role": "assistant", "content": put_together(reasoning, answer) if reasoning else answer}]
+    answer = put_together(_text(reasoning, "reasoning"), answer) if reasoning and CLOSE not in answer else answer
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def problem_key(name, key, question):
+    """What tells a problem of a task apart: its key, or the question where the task has no other key.
+
+    Raises:
+        ValueError: if there is no key and the task's problems have one.
+    """
+    if not key and getattr(TASKS[name], "key", None) is not None:
+        raise ValueError(f"problems of {name} are told apart by a key, not by their prompt; give the column key "
+                         "(metadata['key'] of the problem), so that test problems can be kept out")
+    return key or question
+
+
+def problem_side(name, key):
+    """The side of a task's problem; all of an evaluation set is on the test side."""
+    return split_of(key) if "train" in TASKS[name].splits else "test"
+
+
+def _passed_on(row, messages):
+    """The columns of PASSED_ON; a row that names a task gets the key that decides on its side."""
+    found = {name: row.get(name) if type(row.get(name)) is type(default) else default
+             for name, default in PASSED_ON.items()}
+    if found["task"] in TASKS:
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        found["key"] = problem_key(found["task"], found["key"], question)
+    return found
 
 
 def with_blocks(messages, direct_answers):
@@ -171,6 +157,8 @@ def conversations(location, columns=None, errors="strict", report=None, direct_a
                 raise row
             messages = with_blocks(to_messages(row, columns or {}), direct_answers)
             check_conversation(messages)
+            passed_on = _passed_on(row, messages)
+            json.dumps([messages, passed_on], ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be
         except ValueError as error:
             message = str(error) if str(error).startswith(place) else f"{place}: {error}"
             if errors == "strict":
@@ -180,4 +168,4 @@ def conversations(location, columns=None, errors="strict", report=None, direct_a
         if longest and max(len(message["content"] or "") for message in messages) > longest:
             report.too_long += 1
             continue
-        yield {"messages": messages, **{name: row.get(name, default) for name, default in PASSED_ON.items()}}
+        yield {"messages": messages, **passed_on}

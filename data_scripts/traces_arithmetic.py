@@ -55,7 +55,7 @@ def decimal_chain_sum(problem):
         return Working(f"work out {expression}", steps, str(total), check)
     terms = [int(Decimal(term).scaleb(decimals)) for term in parts[::2]]
     steps, total, check = _running(terms, parts[1::2])
-    whole = " ".join(a + b for a, b in zip([""] + parts[1::2], map(str, terms)))
+    whole = "".join(a + b for a, b in zip([""] + parts[1::2], map(str, terms)))
     answer = str(Decimal(total).scaleb(-decimals))
     unit = PLACES.get(decimals, f"units of {Decimal(1).scaleb(-decimals)}")
     steps = [Step(f"in {unit}: {whole}"), *steps, Step(f"{total} {unit} are {answer}")]
@@ -68,7 +68,7 @@ def _evaluate(node, steps):
     if isinstance(node, ast.UnaryOp):
         value = _evaluate(node.operand, steps)
         if not isinstance(node.operand, ast.Constant):
-            steps.append(Step(f"-{signed(value)}={-value}"))
+            steps.append(Step(f"-({value})={-value}"))
         return -value
     left, right = _evaluate(node.left, steps), _evaluate(node.right, steps)
     if isinstance(node.op, (ast.Add, ast.Sub)):
@@ -109,7 +109,9 @@ def products(problem):
 
 def simple_equations(problem):
     left, right = find(r"(?::|equation:|satisfies:) (\S.*) = (-?\d+)$", problem)
-    letter = re.search("[a-z]", left).group()
+    letter = "".join(sorted(set(re.findall("[a-z]", left))))
+    if len(letter) != 1:  # the package's "0 = 0" among them
+        raise NoProcedure("no equation in one unknown")
     factor, rest = 0, 0
     for sign, term in re.findall(r"(^|[+-]) ?([^ ]+)", left):
         way = -1 if sign == "-" else 1
@@ -197,6 +199,15 @@ def _rule(shown):
     return None
 
 
+def _wrong_rule(shown):
+    """A rule that does not fit, and the two terms that show it: the first difference, or another where all are one."""
+    pairs = list(pairwise(shown))
+    gap = shown[1] - shown[0]
+    a, b = next(((a, b) for a, b in pairs if b - a != gap), pairs[0])
+    wrong = gap if b - a != gap else gap + 1
+    return f"add {signed(wrong)}", f"{b}-{signed(a)}={b - a}"
+
+
 def number_sequence(problem):
     shown = [int(term) for term in find(r"^([-0-9, ]+), \?$", problem)[0].split(", ")]
     rule = _rule(shown)
@@ -221,7 +232,7 @@ def number_sequence(problem):
             closing.append(step)
     if str(answer) != problem.reference:  # few terms can follow two rules: -1, -2, -3, -5, -8 do
         raise NoProcedure("another rule fits too")
-    first = Step(f"{said}: {', '.join(tests)}", f"add {signed(shown[1] - shown[0] + 1)}", f"{tests[0]}")
+    first = Step(f"{said}: {', '.join(tests)}", *_wrong_rule(shown))
     return Working(f"continue {', '.join(map(str, shown))}", [first, *closing], str(answer))
 
 
@@ -232,7 +243,8 @@ def coin_flip(problem):
         raise NoProcedure(f"more than {MOST_FLIPS} rows")
     powers = " ".join(str(2 ** i) for i in range(1, flips + 1))
     rows = [" ".join(str(math.comb(n, k)) for k in range(n + 1)) for n in range(1, flips + 1)]
-    steps = [Step(f"outcomes: {powers}", f"outcomes: {2 * flips}", "each flip doubles them"),
+    slip = (f"outcomes: {2 * flips}", "each flip doubles them") if flips > 2 else ("", "")
+    steps = [Step(f"outcomes: {powers}", *slip),
              Step("ways: " + "; ".join(rows))]
     wanted = [heads] if kind == "exactly" else list(range(heads, flips + 1))
     ways = math.comb(flips, wanted[0])

@@ -73,7 +73,7 @@ def _terse(working, steps, check, rng):
 
 BEGIN = ("First,", "To start,", "I begin:")
 NEXT = ("Then", "Next,", "After that,", "Now")
-OOPS = ("Wait.", "Hmm.", "Stop.")
+OOPS = ("Wait:", "Hmm:", "Stop:")
 
 
 def _prose(working, steps, check, rng):

@@ -75,8 +75,8 @@ def shortest_path(problem):
     moves.reverse()
     opposite = {"up": "down", "down": "up", "left": "right", "right": "left"}
     for number, (name, before, after) in enumerate(moves):
-        slip = (f"{_cell(before)} {opposite[name]} to {_cell(after)}", f"{opposite[name]} leads away") if not number else (
-            "", "")
+        turned = opposite[name]
+        slip = ("", "") if number else (f"{_cell(before)} {turned} to {_cell(after)}", f"{turned} leads away")
         steps.append(Step(f"{_cell(before)} {name} to {_cell(after)}", *slip))
     return Working("find the shortest path", steps, " ".join(name for name, _, _ in moves))
 
@@ -98,7 +98,8 @@ def mini_sudoku(problem):
             return " ".join(sorted(values - {"_"})) or "none"
         wrong = next((value for value in "1234" if value in row and value != may[0]), None)
         slip = (f"{_cell((r, c))} is {wrong}", f"row {r + 1} has {wrong} already") if wrong else ("", "")
-        steps.append(Step(f"{_cell((r, c))}: row {said(row)}, column {said(column)}, box {said(box)}; so {may[0]}", *slip))
+        seen = f"row {said(row)}, column {said(column)}, box {said(box)}"
+        steps.append(Step(f"{_cell((r, c))}: {seen}; so {may[0]}", *slip))
         grid[r][c] = may[0]
         empty.remove((r, c))
     return Working("fill the grid", steps, "\n".join(" ".join(row) for row in grid))

@@ -88,8 +88,9 @@ def family_relationships(problem):
     answer, opposite = RELATED[kind][woman], RELATED[kind][not woman]
     _same_as_reference(problem, answer, "the reference names the relation from the other side")
     who = f"{one} is a {'woman' if woman else 'man'}"
-    steps = [*map(Step, facts), Step(f"so {one} is {other}'s {kind}", f"so {other} is {one}'s {kind}",
-                                     f"the question is what {one} is to {other}"),
+    mutual = kind in ("spouse", "sibling")  # then the other way round is true as well
+    turned = ("", "") if mutual else (f"{other} is {one}'s {kind}", "it is the other way round")
+    steps = [*map(Step, facts), Step(f"{one} is {other}'s {kind}", *turned),
              Step(f"{who}: {answer}", f"{one} is the {opposite}", who)]
     return Working(f"say what {one} is to {other}", steps, answer)
 
@@ -169,8 +170,9 @@ def _walk(day, days):
     steps = [Step(f"{abs(days)}={weeks}*7+{rest}")] if weeks else []
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     wrong = DAYS[(DAYS.index(names[-1]) + way) % 7]
-    return [*steps, Step(f"{'on' if way > 0 else 'back'}: {listed}", f"{rest} days {'on' if way > 0 else 'back'} is {wrong}",
-                         f"that is {rest + 1} days")], names[-1]
+    where = "on" if way > 0 else "back"
+    walked = Step(f"{where}: {listed}", f"{rest} days {where} is {wrong}", f"that is {rest + 1} days")
+    return [*steps, walked], names[-1]
 
 
 def calendar_arithmetic(problem):
@@ -223,7 +225,7 @@ def _combinations(numbers):
                     break
                 value = {"+": value + number, "-": value - number, "*": value * number,
                          "/": value // number if number else 0}[sign]
-                text = f"({text}){sign}{number}" if sign in "*/" and re.search(r"[+-]", text) else f"{text}{sign}{number}"
+                text = (f"({text})" if sign in "*/" and re.search(r"[+-]", text) else text) + f"{sign}{number}"
             else:
                 yield text, value
 

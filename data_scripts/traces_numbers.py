@@ -87,16 +87,21 @@ def count_bits(problem):
     return Working(f"count the ones of {number} in binary", steps, str(ones), f"binary {digits(f'{number:b}')}")
 
 
+def _meaning(digit):
+    """What a letter stands for, as a step."""
+    return [Step(f"{digit} is {LETTERS.index(digit)}")] * digit.isalpha()
+
+
 def base_conversion(problem):
     names = {"binary": 2, "hexadecimal": 16}
     source, text, target = find(r"convert the (base-\d+|binary|hexadecimal) number (\w+) to (\S+)$", problem)
     base, aim = (names.get(name) or int(name.removeprefix("base-")) for name in (source, target))
-    steps, value = [], LETTERS.index(text[0])
+    steps, value = _meaning(text[0]) * (len(text) > 1), LETTERS.index(text[0])
     if base != 10:
         for letter in text[1:]:
             more, product = multiply(value, base)
             digit, (step, value) = LETTERS.index(letter), add(product, LETTERS.index(letter))
-            steps += more + [step] * bool(digit)
+            steps += [*more, *_meaning(letter), *[step] * bool(digit)]
         steps.append(Step(f"{' '.join(text)} is {value}"))
     value, written = int(text, base), ""
     if aim == 10:
@@ -116,10 +121,10 @@ def count_primes(problem):
     low, high = map(int, find(r"between (\d+) and (\d+)", problem))
     if high - low > LONGEST_RANGE:
         raise NoProcedure("a long range")
-    left, steps, gone = [n for n in range(max(low, 2), high + 1) if n == 2 or n % 2], [], None
+    left, gone = [n for n in range(max(low, 2), high + 1) if n == 2 or n % 2], None
     def row(numbers):
         return " ".join(map(str, numbers)) or "none"
-    steps.append(Step(f"not even: {row(left)}"))
+    steps = [Step("1 is no prime")] * (low == 1) + [Step(f"{'2 or ' * (2 in left)}odd: {row(left)}")]
     for prime in (3, 5, 7, 11, 13, 17, 19):
         if prime * prime > high:
             break

@@ -12,6 +12,8 @@ def spelled(word):
 
 def letter_counting(problem):
     letter, text = find(r'the letter "(.)" appear in the text: "(.*)"\?$', problem)
+    if letter.isdigit():  # its running count would read as a false equation
+        raise NoProcedure("a digit is counted")
     steps, count = [], 0
     for word in text.split():
         letters, before = [], count
@@ -31,14 +33,14 @@ def spell_backward(problem):
     if len(back) > 2 and back[1] != back[2]:
         slip = (f"backward: {spelled(back[0] + back[2] + back[1] + back[3:])}",
                 f"before {back[0]} stands {back[1]}")
-    return Working(f"spell {word} backward", [Step(f"{word}: {spelled(word)}"), Step(f"backward: {spelled(back)}", *slip),
-                                              Step(back)], back, f"{back} backward: {spelled(word)}")
+    steps = [Step(f"{word}: {spelled(word)}"), Step(f"backward: {spelled(back)}", *slip), Step(back)]
+    return Working(f"spell {word} backward", steps, back, f"{back} backward: {spelled(word)}")
 
 
 def word_sequence_reversal(problem):
     words = find(r"list of words: (.*)$", problem)[0].split(", ")
     back, slip = list(enumerate(words, 1))[::-1], ("", "")
-    if len(words) > 2:
+    if len(words) > 2 and words[-2] != words[-1]:
         slip = (f"last is {words[-2]}", f"{len(words)} {words[-1]} stands after {words[-2]}")
     steps = [Step(", ".join(f"{place} {word}" for place, word in enumerate(words, 1))),
              Step(", ".join(f"{place} {word}" for place, word in back), *slip)]
@@ -59,14 +61,14 @@ def _before(one, other):
 def word_sorting(problem):
     order, listed = find(r"words in (ascending|descending) order \(.*?list: (.*)$", problem)
     left, chosen = listed.split(", "), []
-    steps = [Step("starts: " + ", ".join(f"{word} {word[0]}" for word in left))]
+    steps = [Step("first letters: " + ", ".join(f"{word} {word[0]}" for word in left))]
     what, pick = ("first", min) if order == "ascending" else ("last", max)
     while left:
         word = pick(left)
         others = [other for other in left if other != word]
         near = pick(others) if others else None
         why = near and (_before(word, near) if order == "ascending" else _before(near, word))
-        slip = (f"{what} is {near}", f"{why}, so {word} goes before it") if near else ("", "")
+        slip = (f"{what} is {near}", f"{why}: {word} goes before it") if near else ("", "")
         left.remove(word)
         chosen.append(word)
         steps.append(Step(f"{what}: {word}" + (f", {why}" if near else ""), *slip))
@@ -85,8 +87,8 @@ def caesar_cipher(problem):
     if by is None:
         raise NoProcedure("no shift gives the reference")
     first = text.split()[0]
-    tried = [f"{shift} {_shift(first, shift)}" for shift in range(1, by)]
-    steps = [Step(f"{first} back by " + ", ".join([*(f"{entry} no" for entry in tried), f"{by} {_shift(first, by)} yes"]))]
+    tried = [f"{shift} {_shift(first, shift)} {'yes' if shift == by else 'no'}" for shift in range(1, by + 1)]
+    steps = [Step(f"{first} back by {', '.join(tried)}")]
     for word in text.split():
         plain = _shift(word, by)
         pairs = ", ".join(f"{a} {b}" for a, b in zip(word, plain))

@@ -71,6 +71,8 @@ def add_adapters(model, args):
     config = lora_config(model, args)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     peft_model = get_peft_model(model, config)
+    if hasattr(model, "freeze_mtp") and not model.config.mtp_loss_coef:
+        model.freeze_mtp()  # with the adapters there, which would never get a gradient
     trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     adapted = sum(size for name, size in sizes.items() if _is_adapted(name, model, config))
     total = sum(sizes.values())
@@ -82,10 +84,13 @@ def add_adapters(model, args):
 
 
 def _is_adapted(name, model, config):
-    """Whether the parameter called `name` before the adapters came has one now."""
+    """Whether the parameter called `name` before the adapters came has one now that is trained."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return False
     if any(name.endswith(suffix) for suffix in config.target_parameters or ()):
         return True
-    return name.endswith(".weight") and hasattr(model.get_submodule(name.removesuffix(".weight")), "lora_A")
+    return name.endswith(".weight") and hasattr(module, "lora_A")
 
 
 # ---------------------------------------------------------------- quantised bases

@@ -104,7 +104,7 @@ class CheckpointMixin:
         self._on_first_rank(self._sweep)
         path = self._on_first_rank(lambda: resolve_resume(choice, self.args.output_dir))
         if path is None:
-            self._on_first_rank(self._require_fresh_output_dir)
+            self.require_fresh_output_dir()
         else:
             self._on_first_rank(lambda: self._check_config(path))
             self._on_first_rank(lambda: self._set_later_checkpoints_aside(path))
@@ -147,7 +147,11 @@ class CheckpointMixin:
                 "--resume_from_checkpoint true finishes the run"
             ) from error
 
-    def _require_fresh_output_dir(self):
+    def require_fresh_output_dir(self):
+        """Deletes an earlier run's checkpoints if `overwrite_output_dir` says so, else raises ValueError for them."""
+        self._on_first_rank(self._remove_earlier_run)
+
+    def _remove_earlier_run(self):
         existing = [path for _, path in list_checkpoints(self.args.output_dir)]
         kept = [path for path in existing if not is_unfinished(path)]
         if kept and not getattr(self.args, "overwrite_output_dir", False):

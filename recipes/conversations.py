@@ -2,13 +2,66 @@
 
 A conversation is a list of {"role", "content"} in TRL's format: optionally a system message, then user and assistant
 in turn, assistant turns with their reasoning as "<think>\\n...\\n</think>\\n\\nanswer" (or in `reasoning_content`).
-Tool calls and their outputs stand between an assistant turn and the next one.
+Tool calls and their outputs stand between an assistant turn and the next one. `as_messages` brings other spellings
+into this form.
 """
+
+import json
 
 OPEN, CLOSE = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
 FOLLOWS = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
            "tool": ("tool", "assistant")}  # fmt: skip
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+              "observation": "tool", "function": "tool"}  # fmt: skip
+
+
+# ---------------------------------------------------------------- spellings
+
+
+def drop_none(value):
+    """Without fields that are None, at any depth: a column of structs gives each every field of any."""
+    if isinstance(value, dict):
+        return {name: drop_none(part) for name, part in value.items() if part is not None}
+    return [drop_none(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_json(value, name):
+    """A value that a data set may also hold as JSON text. Raises ValueError naming the column."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {name} holds text that is no JSON ({error}): {value!r:.80}") from error
+
+
+def _as_message(turn):
+    if not isinstance(turn, dict):
+        raise ValueError(f"a turn must be a mapping with role and content, got {turn!r:.80}")
+    fields = drop_none(turn)
+    role = fields.pop("role", fields.pop("from", None))
+    content = fields.pop("content", fields.pop("value", None))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(part.get("text", "") for part in content)
+    if "tool_calls" in fields:
+        fields["tool_calls"] = read_json(fields["tool_calls"], "tool_calls")
+    return {"role": ROLE_NAMES.get(role, role), "content": content, **fields}
+
+
+def as_messages(turns, name="messages"):
+    """Messages from role/content or ShareGPT's from/value, in a list or as JSON text; content in text parts is joined.
+
+    Raises:
+        ValueError: for anything else, naming the column `name`.
+    """
+    turns = read_json(turns, name)
+    if not isinstance(turns, (list, tuple)):
+        raise ValueError(f"column {name} must hold a list of messages, got {turns!r:.80}")
+    return [_as_message(turn) for turn in turns]
+
+
+# ---------------------------------------------------------------- what is valid
 
 
 def split_reasoning(content):
@@ -21,7 +74,9 @@ def split_reasoning(content):
 
 def _check_assistant(place, message):
     content = message["content"] or ""
-    opened, closed = content.count(OPEN), content.count(CLOSE)
+    opened, closed, reasoning = content.count(OPEN), content.count(CLOSE), message.get("reasoning_content") or ""
+    if reasoning and (opened or closed or OPEN in reasoning or CLOSE in reasoning):
+        raise ValueError(f"message {place} (assistant) has reasoning_content and also {OPEN} or {CLOSE}; keep one form")
     if opened > closed:
         raise ValueError(f"message {place} (assistant) opens {OPEN} and never closes it: the trace was cut off")
     if closed > opened:
@@ -63,6 +118,9 @@ def check_conversation(messages):
         previous = role
     if previous != "assistant":
         raise ValueError(f"the last message has role {previous!r}; training needs an assistant turn at the end")
+
+
+# ---------------------------------------------------------------- pieces
 
 
 def user_turns(messages):

@@ -20,7 +20,7 @@ import transformers
 from accelerate import Accelerator
 
 from recipes.eval_config import EvalConfig
-from recipes.eval_model import load_model, load_tokenizer, model_facts
+from recipes.eval_model import check_output_dir, load_model, load_tokenizer, model_facts
 from recipes.eval_report import write_comparison, write_evaluation
 from recipes.eval_tables import comparison_table, read_results, results_table
 from recipes.evaluation import clear_completions, evaluate_tasks, evaluate_text
@@ -38,6 +38,7 @@ def compare(args):
 def evaluate(args):
     """A whole evaluation with parsed settings. Returns the content of eval.json."""
     accelerator = Accelerator(cpu=args.use_cpu)
+    check_output_dir(args.output_dir)
     torch.set_float32_matmul_precision("highest")  # no TF32: float32 results hold for any batch size
     tokenizer = load_tokenizer(args)
     model = load_model(args, tokenizer, accelerator.device)

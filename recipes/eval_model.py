@@ -1,8 +1,10 @@
 """Loading any causal language model for evaluation, and the facts about it that eval.json keeps."""
 
+import os
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +15,14 @@ from recipes.data import check_vocabulary
 from recipes.logging_callbacks import git_commit
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "reasoning-gym", "math-verify")
+
+
+def check_output_dir(folder):
+    """Makes the folder; OSError where nothing can be written, before any work is done."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output_dir={folder} is read-only; take another one")
 
 
 def _source(args, gguf=True):

@@ -17,9 +17,9 @@ if __package__ in (None, ""):  # launched as a script: recipes/ is first on the 
 from recipes import eval_plots as plots
 from recipes.checkpoint_files import write_atomically
 from recipes.eval_scores import OUTCOMES
-from recipes.eval_tables import difference_rows, model_rows, settings_differences, task_rows, text_rows
+from recipes.eval_tables import context_note, difference_rows, model_rows, settings_differences, task_rows, text_rows
 from recipes.evaluation import COMPLETIONS, read_completions
-from recipes.report_page import page
+from recipes.report_page import facts_table, page
 
 RESULT_FILE, REPORT_FILE = "eval.json", "report.html"
 EXAMPLES = 3          # of each outcome, from different tasks where there are several
@@ -29,8 +29,9 @@ MEANING = {
     "malformed": "the answer is not where it belongs (several marks, or nothing after them)",
     "no closing tag": "the reasoning was never closed", "truncated": "cut off at the longest length",
 }  # fmt: skip
-NOTE_INTERVALS = ("Brackets: 95 % intervals over problems. lenient: the answer counts wherever it stands. cut off: ended "
-                  "by length, not by an end token.")
+NOTE_INTERVALS = ("Brackets: 95 % intervals over problems. lenient: the answer counts wherever it stands. cut off: "
+                  "ended by length, not by an end token.")
+CENTRED = "text-align:center;padding:.3rem .8rem"
 
 
 def _text(value):
@@ -48,10 +49,6 @@ def _grid(header, rows):
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _facts(rows):
-    return "<table>" + "".join(f"<tr><th>{_text(a)}</th><td>{_text(b)}</td></tr>" for a, b in rows) + "</table>"
 
 
 def _figures(pairs):
@@ -74,12 +71,13 @@ def _confusion(rows):
         references = sorted({reference for reference, _ in counts})
         answers = sorted({answer for _, answer in counts} | set(references), key=lambda a: (a == "none", a))
         lines = [f"<tr><th>{_text(task)}</th>" + "".join(
-            f"<th style='text-align:center;padding:.3rem .8rem'>{_text(a)}</th>" for a in answers) + "</tr>"]
+            f"<th style='{CENTRED}'>{_text(answer)}</th>" for answer in answers) + "</tr>"]
         for reference in references:
-            total = sum(counts[reference, answer] for answer in answers)
-            cells = "".join(
-                f"<td style='text-align:center;padding:.3rem .8rem;background:rgba({'47,138,87' if a == reference else '200,80,46'},"
-                f"{0.55 * counts[reference, a] / total:.2f})'>{counts[reference, a]}</td>" for a in answers)
+            total, cells = sum(counts[reference, answer] for answer in answers), ""
+            for answer in answers:
+                count, color = counts[reference, answer], "47,138,87" if answer == reference else "200,80,46"
+                shade = f"background:rgba({color},{0.55 * count / total:.2f})"
+                cells += f"<td style='{CENTRED};{shade}'>{count}</td>"
             lines.append(f"<tr><th>{_text(reference)}</th>{cells}</tr>")
         parts.append(f"<table style='width:auto'>{''.join(lines)}</table>")
     note = "<p class=note>Rows: reference. Columns: answer given (none: no valid answer).</p>"
@@ -89,7 +87,8 @@ def _confusion(rows):
 def _label(answer):
     if answer is None:
         return "none"
-    return {"true": "yes", "false": "no"}.get(str(answer).strip().casefold(), str(answer).strip())
+    text = str(answer).strip()
+    return {"true": "yes", "false": "no", "yes": "yes", "no": "no"}.get(text.casefold(), text)
 
 
 def pick_examples(rows, count=EXAMPLES):
@@ -120,8 +119,8 @@ def _example(row, is_open):
     length = f"{row['tokens']:,} tokens" + ("" if row["finished"] else ", cut off")
     read = "nothing" if row["answer"] is None else row["answer"]
     return (
-        f"<details class=card{' open' * is_open}><summary>{_text(row['task'])}, difficulty {row['difficulty']}: reference "
-        f"<b>{_text(row['reference'][:80])}</b>, read <b>{_text(str(read)[:80])}</b> ({length})</summary>"
+        f"<details class=card{' open' * is_open}><summary>{_text(row['task'])}, difficulty {row['difficulty']}: "
+        f"reference <b>{_text(row['reference'][:80])}</b>, read <b>{_text(str(read)[:80])}</b> ({length})</summary>"
         f"<p class=note>Prompt</p><pre class=prompt>{_shortened(row['prompt'])}</pre><p class=note>Completion</p>"
         f"<pre><span class=prompt>{_shortened(reasoning + tag)}</span>{_shortened(answer)}</pre>"
         f"<p class=note>Reference</p><pre>{_shortened(row['reference'])}</pre></details>"
@@ -132,7 +131,8 @@ def _examples(rows):
     parts = []
     for outcome, chosen in pick_examples(rows).items():
         total = sum(row["outcome"] == outcome for row in rows)
-        parts.append(f"<h3>{_text(outcome)}: {MEANING[outcome]} <span class=note>({total:,} of {len(rows):,})</span></h3>")
+        share = f"<span class=note>({total:,} of {len(rows):,})</span>"
+        parts.append(f"<h3>{_text(outcome)}: {MEANING[outcome]} {share}</h3>")
         parts += [_example(row, is_open=row is chosen[0]) for row in chosen]
     return "".join(parts)
 
@@ -148,7 +148,7 @@ def _run_facts(result):
         timing = result["timing"]
         speed = f"{timing['seconds']:.1f} s, {timing['tokens_per_second']:,.0f} tokens/s, batch size "
         rows.append(("time", speed + f"{result['batch_size']}; {timing['resumed']:,} completions were there before"))
-    return _facts(rows)
+    return facts_table(rows)
 
 
 def _task_figures(result, rows):
@@ -171,9 +171,10 @@ def build_report(result, rows):
     body = (f"<h1>{name}</h1><p class=note>Evaluation. <code>python recipes/eval_report.py RUN_DIR</code> makes this "
             "page again from eval.json and completions.jsonl.</p>")
     if "tasks" in result:
-        body += _section("Results", _grid(*task_rows(result)) + f"<p class=note>{NOTE_INTERVALS}</p>")
+        note = " ".join([NOTE_INTERVALS, *(f"{_text(line)}." for line in context_note(result))])
+        body += _section("Results", _grid(*task_rows(result)) + f"<p class=note>{note}</p>")
     if "text" in result:
-        body += _section("Held-out text", _facts(text_rows(result)))
+        body += _section("Held-out text", facts_table(text_rows(result)))
     body += _section("Run", _run_facts(result))
     if "tasks" in result:
         body += f"<h2>Figures</h2>{_task_figures(result, rows)}"
@@ -189,7 +190,8 @@ def build_comparison(results, sources):
     """The page of several evaluations; `sources`: where they were read from."""
     title = "Comparison"
     body = f"<h1>{title}</h1><p class=note>{_text(' / '.join(result['name'] for result in results))}</p>"
-    body += _section("Results", _grid(*model_rows(results)) + "<p class=note>Brackets: 95 % intervals over problems.</p>")
+    note = "<p class=note>Brackets: 95 % intervals over problems.</p>"
+    body += _section("Results", _grid(*model_rows(results)) + note)
     header, rows = difference_rows(results)
     if rows:
         note = ("<p class=note>Percentage points of pass@1 on the problems that both models were asked, with 95 % "
@@ -203,12 +205,12 @@ def build_comparison(results, sources):
             body += _section(result["name"], _grid(*task_rows(result)))
     if differences := settings_differences(results):
         body += _section("Settings that differ", "<br>".join(map(_text, differences)))
-    body += _section("Sources", _facts([(result["name"], source) for result, source in zip(results, sources)]))
+    body += _section("Sources", facts_table([(result["name"], source) for result, source in zip(results, sources)]))
     return page(title, body)
 
 
 def before_and_after(stages, run_dir):
-    """The part of a training run's page on its tasks; `stages`: {"before": result, "after": result}, either may lack."""
+    """The part of a training run's page on its tasks; `stages`: {"before": result, "after": result} or one of them."""
     results = [stages[name] for name in ("before", "after") if name in stages]
     if not results:
         return ""

@@ -33,7 +33,7 @@ def score_completion(task, problem, text, opened):
     whole = f"{OPEN}\n{text}" if opened else text
     verdict = task.score(whole, problem, untagged="unparsable" if opened else "whole")
     lenient = verdict
-    if not verdict.parsed and (opened or OPEN in text):
+    if not verdict.parsed and (opened or OPEN in text or CLOSE in text):
         lenient = task.score(whole.replace(OPEN, "").replace(CLOSE, "\n"), problem, untagged="whole")
     return has_format(text, opened), verdict, lenient
 
@@ -135,7 +135,7 @@ def summarise(rows):
     found = {"problems": len(problems), "samples": samples}
     found["pass@1"] = measured([right / len(group) for right, group in zip(rights, problems)])
     found["lenient"] = measured([sum(row["lenient"] for row in group) / len(group) for group in problems])
-    ks = [2 ** power for power in range(samples.bit_length())]
+    ks = sorted({samples, *(2 ** power for power in range(samples.bit_length()))})
     found["pass@k"] = {str(k): measured([pass_at_k(len(group), right, k) for right, group in zip(rights, problems)])
                        for k in ks}
     found["maj@n"] = measured([float(vote(group)[0]) for group in problems])

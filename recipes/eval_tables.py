@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from recipes.eval_scores import macro_average
 from recipes.intervals import paired_difference_interval
 
 
@@ -17,8 +18,11 @@ def read_results(paths):
         path = path / "eval.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"--compare {path}: no such file; name eval.json files or their folders")
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if "name" not in result or not ("tasks" in result or "text" in result):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--compare {path} is no JSON ({error}); name eval.json files or their folders") from error
+        if not isinstance(result, dict) or "name" not in result or not ("tasks" in result or "text" in result):
             raise ValueError(f"--compare {path} is no result of recipes/eval.py (it has no tasks and no text)")
         names[result["name"]] = count = names.get(result["name"], 0) + 1
         results.append(result | ({"name": f"{result['name']} ({count})"} if count > 1 else {}))
@@ -70,12 +74,19 @@ def text_rows(result):
     return rows
 
 
+def context_note(result):
+    """[a sentence] where completions had less room than asked for, else []."""
+    share = result["overall"]["shortened"]
+    return [f"{percent(share)} % of completions were cut off early: the model's context was full"] if share else []
+
+
 def results_table(result):
     """What a run prints at its end."""
     parts = []
     if "tasks" in result:
         parts.append(aligned(*task_rows(result)))
         timing = result["timing"]
+        parts += context_note(result)
         parts.append(f"{timing['tokens']:,} tokens in {timing['seconds']:.1f} s ({timing['tokens_per_second']:,.0f} "
                      f"tokens/s); calibration error {result['calibration']['ece']:.3f}")
     if "text" in result:
@@ -92,15 +103,18 @@ def task_names(results):
 
 
 def settings_differences(results):
-    """["max_new_tokens: 512, 256"]: settings in which evaluations of tasks differ; they are then hard to compare."""
+    """["max_new_tokens: 512, 256"]: settings in which evaluations differ; they are then hard to compare."""
     flat = []
     for result in results:
         settings = dict(result.get("settings") or {})
-        flat.append(settings | settings.pop("sampling", {}) if settings else None)
-    flat = [settings for settings in flat if settings]
+        if settings:
+            sampling = settings.pop("sampling")
+            flat.append({"problem_seed": settings.pop("seed"), **settings, **sampling})
     names = dict.fromkeys(name for settings in flat for name in settings)
-    return [f"{name}: {', '.join(str(s.get(name)) for s in flat)}" for name in names
-            if any(s.get(name) != flat[0].get(name) for s in flat)]
+    found = [f"{name}: {', '.join(str(s.get(name)) for s in flat)}" for name in names
+             if any(s.get(name) != flat[0].get(name) for s in flat)]
+    texts = {(r["text"]["checksum"], r["text"]["window"]) for r in results if "text" in r}
+    return found + ["text or window: bits per byte do not compare"] * (len(texts) > 1)
 
 
 def paired_differences(results):
@@ -128,14 +142,17 @@ def _difference(own, base):
 
 
 def model_rows(results):
-    """(header, rows): a row a task, a column a model; then the mean of tasks and bits per byte."""
-    rows = []
-    for task in task_names(results):
+    """(header, rows): a row a task, a column a model; then the mean of the tasks that all have, and bits per byte."""
+    rows, names = [], task_names(results)
+    for task in names:
         rows.append([task, *(with_interval(result["tasks"][task]["pass@1"]) if task in result.get("tasks", {}) else "-"
                              for result in results)])
-    if len(rows) > 1:
-        rows.append(["mean of tasks", *(with_interval(result["overall"]["pass@1"]) if "overall" in result else "-"
-                                        for result in results)])
+    common = [task for task in names if all(task in result["tasks"] for result in results if "tasks" in result)]
+    if len(common) > 1:
+        means = [with_interval(macro_average([result["tasks"][task]["pass@1"] for task in common]))
+                 if "tasks" in result else "-" for result in results]
+        label = "mean of tasks" if common == names else f"mean of {len(common)} common tasks"
+        rows.append([label, *means])
     if any("text" in result for result in results):
         rows.append(["bits per byte", *(f"{result['text']['bits_per_byte']:.4f}" if "text" in result else "-"
                                         for result in results)])
@@ -160,7 +177,4 @@ def comparison_table(results):
         parts.append(aligned(header, rows))
     if differences := settings_differences(results):
         parts.append("settings that differ: " + "; ".join(differences))
-    texts = {(r["text"]["checksum"], r["text"]["window"]) for r in results if "text" in r}
-    if len(texts) > 1:
-        parts.append("bits per byte are of different texts or windows: they do not compare")
     return "\n\n".join(parts)

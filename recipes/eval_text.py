@@ -21,6 +21,7 @@ from recipes.sampling import context_length, evaluation_mode, in_batches, whole_
 from recipes.text_files import has_split
 
 DEFAULT_WINDOW = 2048
+LARGEST_LOSS = 700.0  # nats: its exponential, the perplexity, is still a number
 
 
 class Document(NamedTuple):
@@ -66,7 +67,10 @@ def held_out_documents(location, text_column="text", max_bytes=None):
     for document in found:
         if max_bytes is not None and size >= max_bytes:
             break
-        if document.text.strip():
+        if not isinstance(document.text, str | None):
+            raise ValueError(f"{location}: column {text_column!r} holds a {type(document.text).__name__}, no text; "
+                             "name the right one with --text_column")
+        if document.text and document.text.strip():
             documents.append(document)
             size += len(document.text.encode("utf-8", "surrogatepass"))
     return documents, split
@@ -135,7 +139,7 @@ def evaluate_text(model, tokenizer, data, *, window=None, batch_size=8, text_col
     Returns:
         also "sources" (bits per byte of each), "documents", "windows", "window", "split", "checksum" of the texts.
     Raises:
-        ValueError: no documents; a window beyond the context.
+        ValueError: no documents; a window beyond the context; a model whose loss is no number.
     """
     model = whole_model(model)
     window = _checked_window(model, window)
@@ -162,6 +166,9 @@ def _text_figures(documents, encoded, sums):
     """Figures from [(document, nats)]. fsum: the result does not depend on the order in which they came."""
     sizes = [len(document.text.encode("utf-8", "surrogatepass")) for document in documents]
     tokens, total = sum(len(ids) - 1 for ids in encoded), math.fsum(loss for _, loss in sums)
+    if not total / tokens < LARGEST_LOSS:
+        raise ValueError(f"the loss on held-out text is {total / tokens} nats per token: check the model's weights, or "
+                         "load it with dtype=float32")
     sources = {}
     for name in dict.fromkeys(document.source for document in documents):
         own = {number for number, document in enumerate(documents) if document.source == name}

@@ -24,13 +24,22 @@ from tqdm.auto import tqdm
 from recipes.checkpoint_files import write_atomically
 from recipes.eval_scores import row_place, score_row, summarise_tasks
 from recipes.eval_text import evaluate_text
-from recipes.sampling import Request, SamplingSettings, complete_requests, context_length, token_budget, whole_model
+from recipes.sampling import (
+    Request,
+    SamplingSettings,
+    complete_requests,
+    context_length,
+    end_token_ids,
+    token_budget,
+    whole_model,
+)
 from recipes.task_base import Problem
 from recipes.tasks import get_task
 
 __all__ = ["EvaluationSettings", "SamplingSettings", "clear_completions", "evaluate_tasks", "evaluate_text",
            "load_problems", "parse_task", "read_completions", "render_prompt"]
 
+CONFIG_DETAILS = ("use_cache", "dtype", "transformers_version", "_name_or_path")  # a model is the same without them
 COMPLETIONS, STATE = "completions.jsonl", "completions.state.json"
 PLAIN_PROMPT, PLAIN_STOP = "Question: {question}\nAnswer:", "\nQuestion:"
 
@@ -63,11 +72,13 @@ class EvaluationSettings:
 
     def __post_init__(self):
         if not self.tasks or isinstance(self.tasks, str):
-            raise ValueError(f"tasks={self.tasks!r} must be a list of task names, for instance ['chain_sum', 'gcd:1-3']")
+            raise ValueError(f"tasks={self.tasks!r} must be a list of task names, e.g. ['chain_sum', 'gcd:1-3']")
         if self.problems < 1:
             raise ValueError(f"problems={self.problems} must be at least 1")
         if self.prompt_format not in ("chat", "plain"):
             raise ValueError(f"prompt_format={self.prompt_format!r} must be 'chat' or 'plain'")
+        if len(set(self.difficulties or ())) < len(self.difficulties or ()):
+            raise ValueError(f"difficulties={self.difficulties} names one twice; leave it out once")
         names = [parse_task(text)[0] for text in self.tasks]
         for name in names:
             get_task(name)
@@ -89,7 +100,7 @@ def parse_task(text):
     if not colon:
         return name, None
     if not low.isdigit() or (dash and not high.isdigit()) or int(high or low) < int(low):
-        raise ValueError(f"task {text!r}: difficulties after the colon are one number or a range, as in gcd:3 or gcd:1-3")
+        raise ValueError(f"task {text!r}: after the colon stands one difficulty or a range, as in gcd:3 or gcd:1-3")
     return name, list(range(int(low), int(high or low) + 1))
 
 
@@ -153,8 +164,9 @@ def _units(tokenizer, settings):
 
 
 def model_fingerprint(model):
-    """A hash of the weights: 64 values of each tensor, so that a step of training changes it."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of the config and the weights: 64 values of each tensor, so that a step of training changes it."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in CONFIG_DETAILS}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         if torch.is_tensor(tensor) and tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().flatten()
@@ -164,20 +176,21 @@ def model_fingerprint(model):
     return digest.hexdigest()
 
 
-def _fingerprint(model, units, settings):
+def _fingerprint(model, tokenizer, units, settings):
     prompts = hashlib.blake2b(digest_size=16)
     for unit in units:
         prompts.update(f"{unit.request.key}|{unit.request.prompt_ids}".encode("utf-8", "surrogatepass"))
-    return {"weights": model_fingerprint(model), "prompts": prompts.hexdigest(), "settings": settings.facts()}
+    return {"model": model_fingerprint(model), "end_tokens": end_token_ids(model, tokenizer),
+            "prompts": prompts.hexdigest(), "settings": settings.facts()}
 
 
 def read_completions(path):
-    """The rows of a file of completions; a last line that a kill cut off is left out."""
-    rows, lines = [], Path(path).read_text(encoding="utf-8").split("\n") if Path(path).is_file() else []
+    """The rows of a file of completions; a last line that a kill cut off, be it in a character, is left out."""
+    rows, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line else []
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} is damaged ({error}); remove the line to have that completion "
                                  "made again") from error
@@ -291,7 +304,8 @@ def evaluate_tasks(model, tokenizer, settings, output_dir=None, name="model", ac
     _check_units(model, units, sampling)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     folder = None if output_dir is None else Path(output_dir)
-    before = [] if folder is None else _resume(folder, _fingerprint(model, units, settings), accelerator)
+    before = [] if folder is None else _resume(
+        folder, _fingerprint(model, tokenizer, units, settings), accelerator)
     done = {row_place(row) for row in before}
     # By length, dealt out in turn: every process gets prompts of all lengths.
     waiting = sorted((unit for unit in units if unit.place not in done),

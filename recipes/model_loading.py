@@ -116,6 +116,8 @@ def build_model(args, tokenizer):
 def load_chat_tokenizer(args):
     """The tokenizer of a stage that starts from weights, with the chat template that `chat_template` names, if any."""
     source = args.tokenizer_name_or_path or args.model_name_or_path
+    if source.startswith(("/", ".", "~", "runs/")) and not Path(source).expanduser().exists():
+        raise FileNotFoundError(f"{source} does not exist in {Path.cwd()}; recipes/pretrain.py makes a base model")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     if args.chat_template:
         set_chat_template(tokenizer, args.chat_template)
@@ -126,14 +128,25 @@ def load_chat_tokenizer(args):
     return tokenizer
 
 
+# What `load_causal_lm` passes to `from_pretrained` itself: from which field.
+INIT_KWARGS = {
+    "dtype": "weights_dtype", "torch_dtype": "weights_dtype", "trust_remote_code": "trust_remote_code",
+    "quantization_config": "load_in_4bit or load_in_8bit", "config": "the recipe",
+}  # fmt: skip
+
+
 def load_causal_lm(args, tokenizer, quantization_config=None):
     """Any causal LM of `model_name_or_path`, in `weights_dtype`; deepseek_v2/v3 folders become deepseek_r1 models.
 
     MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
     Raises:
-        ValueError: for settings of DeepSeek models on another one; for a vocabulary smaller than the tokenizer.
+        ValueError: for settings of DeepSeek models on another one; for a vocabulary smaller than the tokenizer; for
+            `model_init_kwargs` that other fields set; for a `max_length` beyond the model's context.
     """
     name, kwargs = args.model_name_or_path, dict(args.model_init_kwargs or {})
+    for taken, field in INIT_KWARGS.items():
+        if taken in kwargs:
+            raise ValueError(f"model_init_kwargs holds {taken!r}, which {field} sets; take it out there")
     found = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     names = ("mtp_loss_coef", "seq_aux_loss_alpha", "bias_update_speed")
     overrides = {field: getattr(args, field) for field in names if getattr(args, field) is not None}
@@ -148,6 +161,9 @@ def load_causal_lm(args, tokenizer, quantization_config=None):
     else:
         config = found
     check_vocabulary(tokenizer, config.get_text_config())
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and (getattr(args, "max_length", None) or 0) > context:
+        raise ValueError(f"max_length={args.max_length} exceeds the context of {name} ({context} tokens); lower it")
     model = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=getattr(torch, args.weights_dtype), quantization_config=quantization_config,
         trust_remote_code=args.trust_remote_code, **kwargs,

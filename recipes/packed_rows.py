@@ -27,7 +27,7 @@ def make_row(tokens, starts, length, pad_token_id=0):
     Args:
         tokens: (N,) ids with N <= length; the rest is filled with `pad_token_id` as a document of its
             own (no attention mask needed) whose labels are all -100.
-        starts: places in [0, N) where a document begins.
+        starts: places where a document begins; those in [N, length) cut the filling.
     """
     count = len(tokens)
     input_ids = numpy.full(length, pad_token_id, numpy.int64)
@@ -223,14 +223,15 @@ class ExamplesCollator:
     """Packed rows of whole examples (TRL's `input_ids`, `labels`, `seq_lengths`) -> (B, S) int64 tensors.
 
     As `make_row` lays them out. TRL joins all rows to one instead, whose dense attention mask grows with the square
-    of the whole batch. `token_mask` (B, S) bool marks what is no filling, where there is any.
+    of the whole batch. `token_mask` (B, S) bool marks what is no filling, where there is any; the filling is documents
+    no longer than the longest row, so that its positions stay within the model's context.
 
     Args:
         multiple: S is the longest row rounded up to a multiple of this.
     """
 
-    def __init__(self, pad_token_id, multiple=64, token_mask=True):
-        self.pad_token_id, self.multiple, self.token_mask = pad_token_id, multiple, token_mask
+    def __init__(self, pad_token_id, multiple=64):
+        self.pad_token_id, self.multiple = pad_token_id, multiple
 
     def __call__(self, examples):
         longest = max(len(example["input_ids"]) for example in examples)
@@ -238,12 +239,13 @@ class ExamplesCollator:
         rows = []
         for example in examples:
             ends = numpy.cumsum(example.get("seq_lengths") or [len(example["input_ids"])])
-            row = make_row(numpy.asarray(example["input_ids"]), ends[:-1], length, self.pad_token_id)
+            starts = [*ends[:-1], *range(ends[-1], length, longest)]
+            row = make_row(numpy.asarray(example["input_ids"]), starts, length, self.pad_token_id)
             labels = torch.full((length,), IGNORED)
             labels[: len(example["labels"])] = torch.as_tensor(example["labels"])
             rows.append(row | {"labels": labels.masked_fill(row["position_ids"] == 0, IGNORED)})
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         sizes = torch.tensor([len(example["input_ids"]) for example in examples])
-        if self.token_mask and (sizes < length).any():
+        if (sizes < length).any():
             batch["token_mask"] = torch.arange(length) < sizes.unsqueeze(-1)
         return batch

@@ -1,13 +1,14 @@
-"""The main job, small: text and code -> tokenizer -> pretraining -> samples -> report, on a CPU in a few minutes.
+"""The main job, small, on a CPU in about ten minutes: data -> pretraining -> fine-tuning -> evaluation -> one report.
 
-    python recipes/quickstart.py [--output_dir runs/quickstart] [--max_steps 100 --learning_rate 2e-3 ...]
+    python recipes/quickstart.py [--output_dir runs/quickstart] [--pretrain.max_steps 100] [--sft.learning_rate 1e-3]
 
-Everything is made on the spot and without a network: the data from what this repository and Python bring
-(`data_scripts/README.md`), the model by `recipes/configs/pretrain_tiny.yaml`; further keys override that file. A second
-call continues where the first one stopped.
+Everything is made on the spot and without a network: the data from what this repository, Python and reasoning-gym bring
+(`data_scripts/README.md`), the model by `recipes/configs/*_tiny.yaml`; further keys, with their stage's name in front,
+override these files. A second call continues where the first one stopped.
 """
 
 import argparse
+import html
 import sys
 import time
 from pathlib import Path
@@ -16,46 +17,87 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # launched as a script: recipes/ is first on the path and shadows packages
     sys.path[0] = str(ROOT)
 
-from data_scripts import prepare_pretraining
-from recipes import pretrain
+from data_scripts import prepare_pretraining, prepare_sft
+from recipes import pretrain, sft
+from recipes.checkpoint_files import write_atomically
+from recipes.eval_report import before_and_after
+from recipes.logging_callbacks import METRICS_FILE, read_metrics
 from recipes.pretrain_config import PretrainConfig, parse_config
+from recipes.report_page import facts_table, page
+from recipes.reporting import result_rows
+from recipes.sft_config import SFTRecipeConfig
 
-CONFIG = Path(__file__).resolve().parent / "configs" / "pretrain_tiny.yaml"
+CONFIGS = Path(__file__).resolve().parent / "configs"
+STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
 
 
-def stage(number, title):
+def headline(number, title):
     """Prints a stage's headline; returns a function that gives its seconds so far."""
     print(f"\n== {number}. {title}", flush=True)
     start = time.perf_counter()
     return lambda: time.perf_counter() - start
 
 
+def overrides_of(stage, arguments):
+    """`--sft.max_steps 9` among the arguments as ["--max_steps", "9"]; a key without a stage is an error."""
+    found, mine = [], False
+    for argument in arguments:
+        name, dot, key = argument.removeprefix("--").partition(".")
+        if argument.startswith("--"):
+            if not dot or name not in STAGES:
+                raise ValueError(f"{argument}: begin it with a stage, e.g. --pretrain.max_steps or --sft.max_steps")
+            mine, argument = name == stage, f"--{key}"
+        found += [argument] if mine else []
+    return found
+
+
+def write_report(folder, results, seconds):
+    """One page on all stages, with links to theirs."""
+    spent = [(name, f"{value:.0f} s") for name, value in seconds.items()]
+    body = (
+        "<h1>Quickstart</h1><p class=note>A model from nothing to answers, on this machine. Every stage has a page of "
+        f"its own.</p><h2>Time</h2><section>{facts_table(spent)}</section>"
+    )
+    for stage, title in STAGES.items():
+        rows = result_rows(read_metrics(folder / stage / METRICS_FILE), results[stage], {})
+        link = f"<a href='{stage}/report.html'>{html.escape(stage)}/report.html</a>: curves, settings, samples"
+        body += f"<h2>{title}</h2><section>{facts_table(rows)}<p class=note>{link}</p></section>"
+    body += before_and_after(results["sft"].get("tasks", {}), folder / "sft")
+    write_atomically(folder / "report.html", page("Quickstart", body))
+    return folder / "report.html"
+
+
 def main(argv=None):
-    """Runs all stages. Returns {"seconds": {stage: seconds}, "eval": content of eval.json, "report": path}."""
+    """Runs all stages. Returns {"seconds": {stage: seconds}, "results": {stage: its eval.json}, "report": path}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/quickstart", help="folder for data, model and report")
-    args, overrides = parser.parse_known_args(argv)
-    data, run = Path(args.output_dir) / "data", Path(args.output_dir) / "pretrain"
-    seconds = {}
+    parser.add_argument("--output_dir", default="runs/quickstart", help="folder for data, models and reports")
+    args, rest = parser.parse_known_args(argv)
+    folder, seconds, results = Path(args.output_dir), {}, {}
+    made = {"pretrain": ["--dataset_name", str(folder / "data")],
+            "sft": ["--dataset_name", str(folder / "data_sft"), "--model_name_or_path", str(folder / "pretrain")]}
+    commands = {
+        stage: ["--config", str(CONFIGS / f"{stage}_tiny.yaml"), *made[stage], "--output_dir", str(folder / stage),
+                *overrides_of(stage, rest), "--resume_from_checkpoint", "auto"]
+        for stage in STAGES
+    }  # fmt: skip
+    parse_config(PretrainConfig, commands["pretrain"])  # a mistyped key is said now, not after the data is made
+    parse_config(SFTRecipeConfig, commands["sft"])
 
-    command = ["--config", str(CONFIG), "--dataset_name", str(data), "--output_dir", str(run), *overrides]
-    command += ["--resume_from_checkpoint", "auto"]
-    parse_config(PretrainConfig, command)  # a mistyped key is said now, not after the data is made
-
-    clock = stage(1, "data and tokenizer")
-    print(prepare_pretraining.summary(prepare_pretraining.prepare(data, size="tiny")))
+    clock = headline(1, "data and tokenizer")
+    print(prepare_pretraining.summary(prepare_pretraining.prepare(folder / "data", size="tiny")))
+    prepare_sft.main(["--output_dir", str(folder / "data_sft"), "--size", "tiny"])
     seconds["data"] = clock()
+    for number, (stage, run) in enumerate({"pretrain": pretrain.main, "sft": sft.main}.items(), 2):
+        clock = headline(number, STAGES[stage].lower())
+        results[stage] = run(commands[stage])
+        seconds[STAGES[stage].lower()] = clock()
 
-    clock = stage(2, "pretraining")
-    result = pretrain.main(command)
-    seconds["pretraining"] = clock()
-
-    report = run / "report.html"
-    total = sum(seconds.values())
-    print(f"\n== done in {total / 60:.1f} minutes (" + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ")")
+    report = write_report(folder, results, seconds)
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    print(f"\n== done in {sum(seconds.values()) / 60:.1f} minutes ({spent})")
     print(f"report   {report}")
-    print(f"model    {run}  (AutoModelForCausalLM.from_pretrained after `import modeling_deepseek_r1`)")
-    return {"seconds": seconds, "eval": result, "report": report}
+    print(f"chat     python recipes/chat.py --model_name_or_path {folder / 'sft'}")
+    return {"seconds": seconds, "results": results, "report": report}
 
 
 if __name__ == "__main__":

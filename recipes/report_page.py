@@ -1,5 +1,6 @@
 """What all reports share: a self-contained page, its style, and curves as inline SVG."""
 
+import html
 import io
 
 import matplotlib
@@ -64,3 +65,9 @@ def page(title, body):
         f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head>'
         f"<body><main>{body}</main></body></html>"
     )
+
+
+def facts_table(rows):
+    """[(name, value)] as a table of two columns."""
+    cells = "".join(f"<tr><th>{html.escape(str(a))}</th><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"

@@ -25,7 +25,7 @@ from recipes.checkpoint_files import write_atomically
 from recipes.eval_report import before_and_after
 from recipes.eval_tables import with_interval
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
-from recipes.report_page import page, plot
+from recipes.report_page import facts_table, page, plot
 
 REPORT_FILE = "report.html"
 STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
@@ -96,7 +96,8 @@ def figures(records, baselines, model=()):
     if train:
         made.append((plot(losses, "loss, nats per token"), "Training loss, mean over all micro-batches and processes."))
     if accuracy:
-        caption = "Share of trained tokens that are the model's most likely ones."
+        parts = " and ".join(name for name, *_ in accuracy)
+        caption = f"Share of the answers' tokens that are the model's most likely ones, {parts}."
         made.append((plot(accuracy, "token accuracy"), caption))
     if any("bits/byte" in record for record in evals):
         caption = "Held-out text. Grey: the same text by token frequencies alone (unigram), and compressed by xz."
@@ -129,11 +130,6 @@ def _read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _table(rows):
-    cells = "".join(f"<tr><th>{html.escape(str(a))}</th><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
-    return f"<table>{cells}</table>"
-
-
 def result_rows(records, evaluation, config):
     """[(label, text)] of the results table; also printed at the end of a run."""
     train = [r for r in records if r["kind"] == "train"]
@@ -152,8 +148,8 @@ def result_rows(records, evaluation, config):
         rows.append(("held-out answers", text))
     tasks = evaluation.get("tasks", {})
     for name in tasks.get("after", {}).get("tasks", ()):
-        stages = [with_interval(tasks[stage]["tasks"][name]["pass@1"]) for stage in ("before", "after") if stage in tasks]
-        rows.append((f"{name}, pass@1 %", " -> ".join(stages)))
+        found = [tasks[stage]["tasks"][name]["pass@1"] for stage in ("before", "after") if stage in tasks]
+        rows.append((f"{name}, pass@1 %", " -> ".join(map(with_interval, found))))
     if "merged_logits_difference" in evaluation:
         difference = f"{evaluation['merged_logits_difference']:.1e}"
         rows.append(("merged adapter", f"largest difference of a logit {difference}"))
@@ -199,10 +195,10 @@ def build_report(run_dir):
     settings = html.escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     name = html.escape(run_dir.resolve().name)
     body = (
-        f"<h1>{name}</h1><p class=note>{STAGES[config.get('stage', 'pretrain')]} run. Figures are drawn from {METRICS_FILE}; "
-        "<code>python recipes/reporting.py RUN_DIR</code> makes this page again.</p>"
-        f"<h2>Results</h2><section>{_table(result_rows(records, evaluation, config))}</section>"
-        f"<h2>Run</h2><section>{_table(facts)}</section>"
+        f"<h1>{name}</h1><p class=note>{STAGES[config.get('stage', 'pretrain')]} run. Figures are drawn from "
+        f"{METRICS_FILE}; <code>python recipes/reporting.py RUN_DIR</code> makes this page again.</p>"
+        f"<h2>Results</h2><section>{facts_table(result_rows(records, evaluation, config))}</section>"
+        f"<h2>Run</h2><section>{facts_table(facts)}</section>"
         f"<h2>Curves</h2><div class=plots>{plots}</div>"
         + before_and_after(evaluation.get("tasks", {}), run_dir)
         + (f"<h2>Samples</h2><section>{samples}</section>" if samples else "")

@@ -17,6 +17,7 @@ processors in the model's generation config are left out: the settings say every
 
 import hashlib
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -110,7 +111,8 @@ def draw(scores, numbers):
     total = cumulative[:, -1:]
     # Below the total even after rounding, or the answer would lie beyond the last possible token.
     targets = torch.minimum(numbers.double().unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    # The last token only where the scores are no numbers, which `_completion` reports.
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
 
 
 class TokenChoice(LogitsProcessor):
@@ -249,13 +251,62 @@ def in_batches(items, batch_size, run):
 # ---------------------------------------------------------------- completions
 
 
+def left_padded(model, tokenizer, prompts, length):
+    """(input_ids, attention_mask, id of the padding) for `generate`."""
+    pad = tokenizer.pad_token_id
+    pad = (end_token_ids(model, tokenizer) or [0])[0] if pad is None else pad
+    rows = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=model.device), torch.tensor(mask, device=model.device), pad
+
+
+class OnlyToken(LogitsProcessor):
+    """Leaves one token, the same for every row and step."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([self.token], device=scores.device), 0.0)
+
+
+def company_changes(model, tokenizer, prompt, other):
+    """Whether a longer prompt beside it, and so left padding, changes what the model says after a prompt.
+
+    It does where a model has no use for the attention mask, as some recurrent ones. Rounding does not count: it
+    moves logits by about 1e-6 of their spread in float32 and 1e-2 in half precision, pads read as text by far more.
+    """
+    logits = []
+    for prompts in ([prompt], [other, prompt]):
+        ids, mask, pad = left_padded(model, tokenizer, prompts, max(map(len, prompts)))
+        config = GenerationConfig(max_new_tokens=2, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
+                                  output_logits=True, return_dict_in_generate=True)
+        with plain_generation(model, config):
+            found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                                   logits_processor=LogitsProcessorList([OnlyToken(prompt[-1])]))
+        logits.append(torch.stack([step[-1].float() for step in found.logits]))
+    moved, spread = (logits[1] - logits[0]).abs().mean(), logits[0].std()
+    return bool(moved > (0.01 if model.dtype == torch.float32 else 0.1) * spread)
+
+
+def safe_batch_size(model, tokenizer, requests, batch_size):
+    """`batch_size`, or 1 for a model whose answers depend on what else is in the batch; says so."""
+    if batch_size == 1 or len(requests) < 2:
+        return batch_size
+    prompts = [request.prompt_ids for request in requests]
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    if not company_changes(model, tokenizer, shortest, longest[:len(shortest) + 16]):
+        return batch_size
+    logger.warning("the answers of %s depend on what else is in a batch (it reads padding as text, or mixes rows): "
+                   "going on with batch_size=1", type(model).__name__)
+    return 1
+
+
 def _generate(model, tokenizer, batch, settings, budget):
     """The Completions of requests with one budget, by one call of `generate`."""
     ends, device = end_token_ids(model, tokenizer), model.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     length = max(len(request.prompt_ids) for request in batch)
-    rows = [[pad] * (length - len(r.prompt_ids)) + list(r.prompt_ids) for r in batch]
-    mask = [[0] * (length - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch]
+    ids, mask, pad = left_padded(model, tokenizer, [request.prompt_ids for request in batch], length)
     numbers = None
     if settings.temperature:
         numbers = numpy.stack([uniforms(settings.seed, r.key, r.sample, budget) for r in batch])
@@ -266,9 +317,8 @@ def _generate(model, tokenizer, batch, settings, budget):
                               eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id)
     with plain_generation(model, config):
         ids = model.generate(
-            input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
-            logits_processor=LogitsProcessorList([choice]), stopping_criteria=StoppingCriteriaList(stopping),
-            generation_config=config,
+            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([choice]),
+            stopping_criteria=StoppingCriteriaList(stopping), generation_config=config,
         )  # fmt: skip
     log_probs = torch.stack(choice.log_probs, dim=1).double().tolist()
     stopped = stopping[0].ends if stopping else {}
@@ -277,7 +327,11 @@ def _generate(model, tokenizer, batch, settings, budget):
 
 
 def _completion(tokenizer, tokens, log_probs, ends, stopped_at, settings, budget):
-    """A row cut where it ended by itself."""
+    """A row cut where it ended by itself.
+
+    Raises:
+        ValueError: for logits that are no numbers.
+    """
     end = next((place for place, token in enumerate(tokens) if token in ends), None)
     by_text = stopped_at is not None and (end is None or stopped_at <= end)
     count = stopped_at if by_text else len(tokens) if end is None else end + 1
@@ -285,21 +339,25 @@ def _completion(tokenizer, tokens, log_probs, ends, stopped_at, settings, budget
     text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if by_text:
         text = text[:min(text.find(stop) for stop in settings.stop if stop in text)]
-    finished = by_text or end is not None
-    return Completion(text, kept, finished, sum(log_probs[:count]) / count,
+    finished, log_prob = by_text or end is not None, sum(log_probs[:count]) / count
+    if math.isnan(log_prob):
+        raise ValueError("the model's logits are not numbers (NaN or infinite): check its weights, or load it with "
+                         "dtype=float32")
+    return Completion(text, kept, finished, log_prob,
                       shortened=not finished and budget < settings.max_new_tokens)
 
 
 def complete_requests(model, tokenizer, requests, settings, on_batch=None):
     """The Completions of requests, in their order.
 
-    Prompts are batched by length, longest first, and left-padded. A prompt whose completion would pass the
-    model's context gets what is left of it, which `Completion.shortened` says.
+    Prompts are batched by length, longest first, and left-padded; one at a time where the model cannot do with
+    padding. A prompt whose completion would pass the model's context gets what is left of it, which
+    `Completion.shortened` says.
 
     Args:
         on_batch: called with [(place in `requests`, Completion)] as they come.
     Raises:
-        ValueError: for a prompt that is empty or fills the context.
+        ValueError: for a prompt that is empty or fills the context; for a model whose logits are no numbers.
     """
     model = whole_model(model)
     context = context_length(model)
@@ -307,12 +365,13 @@ def complete_requests(model, tokenizer, requests, settings, on_batch=None):
     order = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt_ids))
     results = [None] * len(requests)
     with evaluation_mode(model):
+        batch_size = safe_batch_size(model, tokenizer, requests, settings.batch_size)
         # One budget a batch: no row is ever run past the model's last position, which some models cannot do.
         for budget, places in groupby(order, key=budgets.__getitem__):
             def run(batch, budget=budget):
                 return _generate(model, tokenizer, [requests[place] for place in batch], settings, budget)
 
-            for batch, found in in_batches(list(places), settings.batch_size, run):
+            for batch, found in in_batches(list(places), batch_size, run):
                 for place, completion in zip(batch, found):
                     results[place] = completion
                 if on_batch is not None:

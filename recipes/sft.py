@@ -23,10 +23,17 @@ from recipes.evaluation import load_problems
 from recipes.logging_callbacks import RunLogCallback
 from recipes.model_loading import load_causal_lm, load_chat_tokenizer
 from recipes.pretrain_config import parse_config
+from recipes.run_results import text_table
 from recipes.sft_config import SFTRecipeConfig
 from recipes.sft_data import Encoding, checksum, encode_dataset, hold_out, read_splits, training_template
 from recipes.sft_results import announce_run, evaluate_before, finish_run
 from recipes.sft_trainer import RecipeSFTTrainer, causal_lm
+
+# What a resumed run must share beyond `resume_guard.TRAJECTORY_FIELDS`.
+GUARDED = (
+    "packing_strategy", "shuffle_dataset", "loss_type", "neftune_noise_alpha",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_groups", "lora_target_modules",
+)  # fmt: skip
 
 
 def build_data(args, tokenizer):
@@ -34,7 +41,7 @@ def build_data(args, tokenizer):
     train, held_out = read_splits(args.dataset_name)
     if held_out is None and args.validation_fraction:
         train, held_out = hold_out(train, args.validation_fraction, args.seed)
-    template = training_template(tokenizer) if args.assistant_only_loss else None
+    template = training_template(tokenizer, args.multi_turn) if args.assistant_only_loss else None
     encoding = Encoding(
         args.max_length, args.multi_turn, args.overlong, args.assistant_only_loss, args.errors, template
     )
@@ -44,7 +51,8 @@ def build_data(args, tokenizer):
             found[part] = None
             continue
         where = f"{args.dataset_name} ({part})"
-        found[part], report = encode_dataset(rows, tokenizer, encoding, where, args.dataset_num_proc)
+        with args.main_process_first(desc="encoding"):  # the others read what it has cached
+            found[part], report = encode_dataset(rows, tokenizer, encoding, where, args.dataset_num_proc)
         facts[part] = report.lines()
     facts["checksum"] = checksum(found["training"])
     return found["training"], found["held out"], facts
@@ -63,14 +71,16 @@ def build_trainer(args, model, tokenizer):
     """The trainer with its data and callbacks."""
     train, held_out, facts = build_data(args, tokenizer)
     if held_out is None and args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={args.eval_strategy} needs held-out examples; set validation_fraction > 0")
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy.value} needs held-out examples: raise validation_fraction="
+            f"{args.validation_fraction}, bring a test split, or set eval_strategy=no"
+        )
     balanced = hasattr(causal_lm(model), "update_expert_bias")
     trainer = RecipeSFTTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         callbacks=[ExpertBalanceCallback()] if balanced else [],
     )  # fmt: skip
-    trainer.resume_guard = {"train_data": facts["checksum"], "lora_rank": args.lora_rank,
-                            "lora_groups": args.lora_groups if args.lora_rank else []}  # fmt: skip
+    trainer.resume_guard = {"train_data": facts["checksum"]} | {name: getattr(args, name) for name in GUARDED}
     log = RunLogCallback(args.output_dir, show_bar=not args.disable_tqdm, announce=lambda: announce_run(trainer, facts))
     trainer.add_callback(log)
     return trainer
@@ -82,11 +92,13 @@ def run(args):
     tokenizer = load_chat_tokenizer(args)
     if args.dry_run:
         _, _, facts = build_data(args, tokenizer)
-        print("\n".join([*facts["training"], *facts.get("held out", [])]))
+        print(text_table([(part, line) for part in ("training", "held out") for line in facts.get(part, [])]))
         return None
     if args.eval_tasks:
         load_problems(args.task_evaluation())  # too few problems, or no files: said now, not after training
     trainer = build_trainer(args, build_model(args, tokenizer), tokenizer)
+    if not args.resume_from_checkpoint:
+        trainer.require_fresh_output_dir()  # now, and not after the evaluation
     before = evaluate_before(trainer)
     trainer.train()
     return finish_run(trainer, before)

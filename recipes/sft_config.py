@@ -1,6 +1,6 @@
 """The settings of `recipes/sft.py`: one typed dataclass, read from YAML and the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from trl import SFTConfig
@@ -9,6 +9,13 @@ from recipes.adapters import LORA_GROUPS
 from recipes.evaluation import EvaluationSettings
 from recipes.sampling import SamplingSettings
 from recipes.sft_data import MULTI_TURN, OVERLONG
+
+# Fields of TRL's that prepare data or model in its own way, too late here: what takes their place.
+REPLACED = {
+    "chat_template_path": "chat_template", "completion_only_loss": "assistant_only_loss", "truncation_mode": "overlong",
+    "dataset_text_field": "a column called text", "dataset_kwargs": "the fields listed under data by --help",
+    "eos_token": "tokenizer_name_or_path with that token",
+}  # fmt: skip
 
 
 def _setting(default, text):
@@ -64,7 +71,9 @@ class SFTRecipeConfig(SFTConfig):
     overlong: str = _setting("shorten", f"Examples longer than max_length: {', '.join(OVERLONG)}; see sft_data.py.")
     errors: str = _setting("strict", "Bad conversations: strict stops at the first, skip leaves them out and counts.")
     assistant_only_loss: bool = _setting(True, "Train on reasoning, answer and end token only.")
-    packing: bool = _setting(True, "Several examples a row, which do not see each other.")
+    packing: bool = _setting(
+        True, "Several examples a row, which do not see each other (under packing_strategy wrapped they do)."
+    )
     # -- optimisation
     adam_beta2: float = _setting(0.999, "Beta2 of AdamW.")
     weight_decay: float = _setting(0.01, "Weight decay; never on norms and biases.")
@@ -79,7 +88,7 @@ class SFTRecipeConfig(SFTConfig):
     dataloader_drop_last: bool = _setting(True, "Leave out the few rows at the end of an epoch that fill no batch.")
     # -- evaluation on tasks, before and after training
     eval_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of recipes/tasks.py, as name or name:levels, e.g. chain_sum:1-2."}
+        default_factory=list, metadata={"help": "Tasks of recipes/tasks.py: name or name:levels, e.g. chain_sum:1-2."}
     )
     eval_tasks_folder: str | None = _setting(None, "Where fetched tasks have their files. Default: data/tasks.")
     eval_problems: int = _setting(100, "Held-out problems a task.")
@@ -104,7 +113,7 @@ class SFTRecipeConfig(SFTConfig):
     )
     allow_config_change: bool = _setting(False, "Resume although settings that shape the run have changed.")
     overwrite_output_dir: bool = _setting(False, "Start afresh in an output_dir with checkpoints, deleting them.")
-    dry_run: bool = _setting(False, "Print sizes and what the data become, then stop.")
+    dry_run: bool = _setting(False, "Print what the data become, then stop.")
 
     def __post_init__(self):
         if self.weights_dtype not in ("float32", "bfloat16"):
@@ -121,6 +130,7 @@ class SFTRecipeConfig(SFTConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self._check_choices()
+        self._check_of_trl()
         self._check_numbers()
         self._check_adapters()
         if self.eval_tasks:
@@ -146,6 +156,18 @@ class SFTRecipeConfig(SFTConfig):
                 raise ValueError(f"{name} is unset; give it in the YAML file or as --{name}")
         if self.loss_type != "nll" and self.label_smoothing_factor:
             raise ValueError(f"loss_type={self.loss_type} has no label smoothing; set label_smoothing_factor to 0")
+
+    def _check_of_trl(self):
+        defaults = {field.name: field.default for field in fields(SFTConfig)}
+        for name, instead in REPLACED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; leave it out and use {instead}")
+        if self.padding_free and not self.packing:
+            raise ValueError("padding_free=true needs packing=true here, which is free of padding by itself")
+        if self.eval_packing and not self.packing:
+            raise ValueError("eval_packing=true needs packing=true: else examples of a row would see each other")
+        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            raise ValueError("fp16=true needs a GPU; on a CPU leave it out, or take bf16=true")
 
     def _check_numbers(self):
         rules = (
@@ -188,6 +210,6 @@ class SFTRecipeConfig(SFTConfig):
                 "the saved adapter into the full-precision base (PeftModel.from_pretrained, merge_and_unload)"
             )
         if not self.lora_rank:
-            raise ValueError(f"{quantised[0]}=true freezes the linear layers; set lora_rank, e.g. 16, to train adapters")
+            raise ValueError(f"{quantised[0]}=true freezes the linear layers; set lora_rank, e.g. 16, for adapters")
         if self.use_cpu or not torch.cuda.is_available():
             raise ValueError(f"{quantised[0]}=true needs a CUDA device; leave it out on this machine")

@@ -2,10 +2,11 @@
 
 | columns                          | become                                                              |
 |----------------------------------|---------------------------------------------------------------------|
-| `messages`                       | the conversation (TRL's format); `tools` beside it is handed on     |
-| `conversations`                  | the same in ShareGPT's spelling: from/value, human/gpt              |
+| `messages` or `conversations`    | the conversation: role/content, or ShareGPT's from/value, human/gpt |
 | `prompt` and `completion`        | message lists put together; two texts: one user, one assistant turn |
 | `text`                           | a plain document, all of it trained (needs assistant_only_loss off) |
+
+`tools` beside a conversation is handed to the chat template. Messages and tools may be JSON text.
 
 A conversation of several turns gives, by `multi_turn`:
 
@@ -23,21 +24,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-
+from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from recipes.chat_format import check_training_template
-from recipes.conversations import check_conversation, drop_oldest_turn, split_turns, user_turns
+from recipes.conversations import (
+    as_messages,
+    check_conversation,
+    drop_none,
+    drop_oldest_turn,
+    read_json,
+    split_turns,
+    user_turns,
+)
 
 logger = logging.getLogger(__name__)
 
 MULTI_TURN = ("split", "last", "keep")
 OVERLONG = ("shorten", "drop", "error")
-SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 HELD_OUT = ("test", "validation", "valid", "eval")
 ENDINGS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 LEAST_QUESTION = 16  # tokens of a question that must be left for a cut example to be worth training on
-GAP = " ... "
+GAP, CUT_CHARACTER = " ... ", "\ufffd"  # the second: what a decoder makes of some bytes of a character
+UNSEEN_TOOLS = "the chat template has no place for the column tools: describe them in the system message"
 ROWS_PER_WORKER = 4_000
 
 
@@ -46,6 +56,18 @@ ROWS_PER_WORKER = 4_000
 
 def _ending(path):
     return next((kind for ending, kind in ENDINGS.items() if path.name.endswith(ending)), None)
+
+
+def _load_files(kind, files):
+    try:
+        return load_dataset(kind, data_files=files)
+    except (DatasetGenerationError, StopIteration) as error:  # StopIteration: an empty file
+        where = files if isinstance(files, str) else ", ".join(files.values())
+        reason = str(error.__cause__ or "it is empty").strip()
+        raise ValueError(
+            f"{where} cannot be read as {kind} ({reason:.300}); every row must be an object with the same columns of "
+            "the same types (python -m data_scripts.prepare_sft --errors skip leaves broken lines out)"
+        ) from error
 
 
 def _read_folder(root):
@@ -58,7 +80,7 @@ def _read_folder(root):
             "make a set with python -m data_scripts.prepare_sft, or name a file"
         )
     wanted = {name: str(path) for name, path in files.items() if name == "train" or name in HELD_OUT}
-    return load_dataset(_ending(files["train"]), data_files=wanted)
+    return _load_files(_ending(files["train"]), wanted)
 
 
 def read_splits(name, streaming=False):
@@ -73,7 +95,7 @@ def read_splits(name, streaming=False):
     elif path.is_file():
         if _ending(path) is None:
             raise ValueError(f"dataset_name={name}: known endings are {', '.join(ENDINGS)}")
-        found = load_dataset(_ending(path), data_files=str(path))
+        found = _load_files(_ending(path), str(path))
     elif path.is_absolute() or name.startswith((".", "~", "data/")) or _ending(path):
         raise FileNotFoundError(
             f"dataset_name={name} does not exist; the offline default is made by "
@@ -90,13 +112,25 @@ def read_splits(name, streaming=False):
     return found["train"], held_out
 
 
+def _question(row):
+    """What a row asks: its `key`, else its first user message, else its text."""
+    if row.get("key"):
+        return row["key"]
+    messages = to_messages(row)
+    if messages is None:
+        return row["text"]
+    return next((message["content"] for message in messages if message["role"] == "user"), messages)
+
+
 def hold_out(rows, share, seed):
-    """(training rows, held-out rows): rows that ask the same thing (`key`, else the first message) stay together."""
+    """(training rows, held-out rows): those that ask the same thing (`key`, else first user message) stay together."""
 
     def draw(row):
-        content = row.get("key") or (row.get("messages") or row.get("conversations") or row.get("prompt") or row)
-        content = content[0] if isinstance(content, list) else content
-        digest = hashlib.sha256(f"{seed}|{content}".encode("utf-8", "replace")).digest()
+        try:
+            question = _question(row)
+        except ValueError:  # a bad row is named, or counted, when it is encoded
+            question = row
+        digest = hashlib.sha256(f"{seed}|{question}".encode("utf-8", "replace")).digest()
         return int.from_bytes(digest[:8], "big") < share * 2**64
 
     chosen = [draw(row) for row in rows]
@@ -108,20 +142,16 @@ def to_messages(row):
     """The conversation of a row, or None for a row of plain text.
 
     Raises:
-        ValueError: if its columns are none of those above.
+        ValueError: if its columns are none of those above, or hold no messages.
     """
-    if row.get("messages") is not None:
-        # A column of structs gives every message every field of any; absent ones are None.
-        return [{name: value for name, value in message.items() if value is not None or name == "content"}
-                for message in row["messages"]]  # fmt: skip
-    if row.get("conversations") is not None:
-        return [{"role": SHAREGPT.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
-                for turn in row["conversations"]]  # fmt: skip
+    for name in ("messages", "conversations"):
+        if row.get(name) is not None:
+            return as_messages(row[name], name)
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt, completion = row["prompt"], row["completion"]
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        return [*prompt, *completion]
+        return as_messages(prompt, "prompt") + as_messages(completion, "completion")
     if row.get("text") is not None:
         return None
     raise ValueError(
@@ -133,11 +163,12 @@ def to_messages(row):
 # ---------------------------------------------------------------- encoding
 
 
-def training_template(tokenizer):
+def training_template(tokenizer, multi_turn="split"):
     """The template to render training data with: None for the tokenizer's own, else TRL's marked form of a known one.
 
     Raises:
-        ValueError: if neither marks the assistant's tokens, or if reasoning is not among the trained ones.
+        ValueError: if neither marks the assistant's tokens, or if reasoning is not among the trained ones: that of the
+            last turn, with `multi_turn="keep"` that of an earlier one too.
     """
     template = None
     if has_generation_markers(tokenizer.chat_template or ""):
@@ -150,13 +181,17 @@ def training_template(tokenizer):
                 "the tokenizer's chat template has no {% generation %} marks and is none that TRL knows a marked form "
                 "of; set chat_template to deepseek_r1 or to a .jinja file with marks, or assistant_only_loss=false"
             ) from error
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>\nbecause\n</think>\n\nyes"}]
-    _, labels = render(probe, tokenizer, Encoding(10**6, chat_template=template))
+    probe = []
+    for thought, said in (("firstly", "no"), ("because", "yes"))[multi_turn != "keep" :]:
+        answer = f"<think>\n{thought}\n</think>\n\n{said}"
+        probe += [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    _, labels = render(probe, tokenizer, Encoding(10**6, multi_turn, chat_template=template))
     trained = tokenizer.decode([label for label in labels if label != -100])
-    if "because" not in trained or "yes" not in trained:
+    if trained.count("</think>") < len(probe) // 2 or "because" not in trained or "yes" not in trained:
         raise ValueError(
-            f"the chat template trains {trained!r} of an answer with reasoning: it deletes the reasoning that is to be "
-            "learned; set chat_template=deepseek_r1"
+            f"under multi_turn={multi_turn} the chat template trains {trained!r} of {len(probe) // 2} answers with "
+            "reasoning: it deletes the reasoning that is to be learned; set chat_template=deepseek_r1"
+            + (", or multi_turn=split" if multi_turn == "keep" else "")
         )
     return template
 
@@ -224,7 +259,8 @@ def _cut_question(messages, tokenizer, excess):
     left = len(ids) - excess - len(tokenizer(GAP, add_special_tokens=False)["input_ids"]) - 2  # seams may not merge
     if left < LEAST_QUESTION:
         return None
-    text = tokenizer.decode(ids[: left - left // 2]) + GAP + tokenizer.decode(ids[len(ids) - left // 2 :])
+    ends = tokenizer.decode(ids[: left - left // 2]), tokenizer.decode(ids[len(ids) - left // 2 :])
+    text = ends[0].rstrip(CUT_CHARACTER) + GAP + ends[1].lstrip(CUT_CHARACTER)
     return [*messages[:place], {**messages[place], "content": text}, *messages[place + 1 :]]
 
 
@@ -267,26 +303,37 @@ def encode_row(row, tokenizer, encoding):
     check_conversation(messages)
     parts = [messages] if encoding.multi_turn == "keep" else split_turns(messages)
     parts = parts[-1:] if encoding.multi_turn == "last" else parts
-    return [fit(part, tokenizer, encoding, row.get("tools")) for part in parts]
+    tools = drop_none(read_json(row.get("tools"), "tools")) or None
+    examples = [fit(part, tokenizer, encoding, tools) for part in parts]
+    if tools and render(parts[-1], tokenizer, encoding, tools) == render(parts[-1], tokenizer, encoding):
+        return [(ids, labels, UNSEEN_TOOLS if status == "kept" else status) for ids, labels, status in examples]
+    return examples
 
 
-def _encode_batch(batch, indices, tokenizer, encoding, where):
-    found = {"input_ids": [], "labels": [], "status": []}
+def _code_version():
+    """A hash of the modules that decide what an example is: `datasets` would hand out what older code had cached."""
+    files = [Path(__file__).with_name(name) for name in (Path(__file__).name, "conversations.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _encode_batch(batch, indices, tokenizer, encoding, where, code_version):
+    found = {"input_ids": [], "labels": [], "status": [], "trained": []}
     for place, index in enumerate(indices):
         row = {name: values[place] for name, values in batch.items()}
         try:
             examples = encode_row(row, tokenizer, encoding)
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             message = f"{where}, row {index}: {error}"
             if encoding.errors == "strict":
                 raise ValueError(f"{message} (errors=skip leaves such rows out and counts them)") from error
             examples = [(None, None, f"bad row|{message}")]
         for ids, labels, status in examples:
-            if ids is not None and all(label == -100 for label in labels):
+            trained = 0 if ids is None else sum(label != -100 for label in labels)
+            if ids is not None and not trained:
                 ids, labels, status = None, None, "left out: nothing to train on"
-            found["input_ids"].append(ids or [])
-            found["labels"].append(labels or [])
-            found["status"].append(status)
+            values = {"input_ids": ids or [], "labels": labels or [], "status": status, "trained": trained}
+            for name, value in values.items():
+                found[name].append(value)
     return found
 
 
@@ -301,7 +348,7 @@ def encode_dataset(rows, tokenizer, encoding, where, workers=None):
     encoded = rows.map(
         _encode_batch, batched=True, with_indices=True, batch_size=256, num_proc=workers, desc=f"encoding {where}",
         remove_columns=rows.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "encoding": encoding, "where": where},
+        fn_kwargs={"tokenizer": tokenizer, "encoding": encoding, "where": where, "code_version": _code_version()},
     )  # fmt: skip
     report = EncodingReport()
     for status in encoded["status"]:
@@ -309,12 +356,12 @@ def encode_dataset(rows, tokenizer, encoding, where, workers=None):
         report.counts[kind] += 1
         report.first_error = report.first_error or message or None
     encoded = encoded.filter(lambda sizes: [bool(ids) for ids in sizes], input_columns="input_ids", batched=True)
-    encoded = encoded.remove_columns("status")
+    report.trained_tokens = sum(encoded["trained"])
+    encoded = encoded.remove_columns(["status", "trained"])
     if not len(encoded):
         raise ValueError(f"{where}: no example is left to train on ({'; '.join(report.lines()[1:])})")
     report.examples = len(encoded)
     report.tokens = sum(map(len, encoded["input_ids"]))
-    report.trained_tokens = sum(sum(label != -100 for label in labels) for labels in encoded["labels"])
     return encoded, report
 
 

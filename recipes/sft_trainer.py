@@ -30,6 +30,21 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@torch.no_grad()
+def examples_see_each_other(model, length=8):
+    """Whether an example's logits depend on another one in its row, where both are told apart by positions alone."""
+    vocab_size, was_training = model.config.get_text_config().vocab_size, model.training
+    first, other, second = torch.arange(3 * length, device=model.device).remainder(vocab_size).view(3, 1, length)
+    positions = torch.arange(length, device=model.device).repeat(1, 2)
+    model.eval()
+    one, two = (
+        model(input_ids=torch.cat((before, second), 1), position_ids=positions, use_cache=False).logits[:, length:]
+        for before in (first, other)
+    )
+    model.train(was_training)
+    return not torch.allclose(one, two, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
 class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
     """`SFTTrainer` on encoded examples (`input_ids`, `labels`: recipes/sft_data.py).
 
@@ -39,22 +54,42 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
     """
 
     def __init__(self, model, args, **kwargs):
-        config, done_already = causal_lm(model).config, {"assistant_only_loss": False}  # the labels say it
-        if hasattr(config, "label_smoothing"):
+        # The labels say what is trained, and the model is there.
+        config, done_already = causal_lm(model).config, {"assistant_only_loss": False, "model_init_kwargs": None}
+        self.is_deepseek = hasattr(causal_lm(model), "routers")
+        self.own_loss = self.is_deepseek and args.loss_type == "nll"
+        if self.is_deepseek and causal_lm(model).trains_mtp and not self.own_loss:
+            raise ValueError(f"loss_type={args.loss_type} has no multi-token-prediction loss; set mtp_loss_coef=0")
+        if self.is_deepseek:
             config.label_smoothing = args.label_smoothing_factor
             done_already["label_smoothing_factor"] = 0.0  # TRL's way would hold all logits
         with _settings(args, done_already):
             super().__init__(model=model, args=args, **kwargs)
-        self.own_loss = hasattr(causal_lm(self.model), "routers") and args.loss_type == "nll"
         if self.padding_free and "flash" not in config._attn_implementation:  # which wants one row and its offsets
-            own = hasattr(causal_lm(self.model), "routers")  # others do not know the argument
-            self.data_collator = ExamplesCollator(self._tokenizer.pad_token_id, token_mask=own)
+            self.data_collator = ExamplesCollator(self._tokenizer.pad_token_id, args.pad_to_multiple_of or 64)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if not self.is_deepseek and not sharded and examples_see_each_other(self.model):
+                raise ValueError(
+                    f"packing=true: in a {config.model_type} model the examples of a row see each other; set "
+                    "packing=false"
+                )
+        self._check_enough_rows()
         peak_flops, self.peak_source = device_peak_flops(args.device, args.device_peak_tflops)
-        length = sum(map(len, self._sample_lengths())) / max(len(self._sample_lengths()), 1)
-        self.start_metering(self._flops_per_token(int(length)), peak_flops)
+        lengths = [len(document) for document in self._sample_documents()]
+        self.start_metering(self._flops_per_token(sum(lengths) // max(len(lengths), 1)), peak_flops)
 
-    def _sample_lengths(self):
-        """Documents of the first rows: attention reaches over a document, not over a packed row."""
+    def _check_enough_rows(self):
+        args, rows = self.args, len(self.train_dataset)
+        needed = args.per_device_train_batch_size * args.world_size if args.dataloader_drop_last else 1
+        if rows < needed:
+            raise ValueError(
+                f"{rows} rows of examples fill no batch: per_device_train_batch_size="
+                f"{args.per_device_train_batch_size} times {args.world_size} processes is {needed}; lower it, or set "
+                "dataloader_drop_last=false"
+            )
+
+    def _sample_documents(self):
+        """Sequences as long as documents of the first rows: attention reaches over a document, not over a row."""
         rows = self.train_dataset.select(range(min(256, len(self.train_dataset))))
         if "seq_lengths" not in rows.column_names:
             return rows["input_ids"]
@@ -62,9 +97,15 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
 
     def _flops_per_token(self, length):
         config = causal_lm(self.model).config
-        return flops_per_token(config, length) if config.model_type == "deepseek_r1" else None
+        return flops_per_token(config, length) if self.is_deepseek else None
 
     # -- loss
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if not self.is_deepseek:
+            inputs.pop("token_mask", None)  # they have no expert balance of ours; `count_tokens` has seen it
+        return inputs
 
     def count_tokens(self, batch):
         mask = batch.get("attention_mask", batch.get("token_mask"))

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 
 from data_scripts import prepare_pretraining
-from recipes import pretrain
+from data_scripts.train_tokenizer import train_tokenizer
+from recipes import eval as eval_recipe
+from recipes import pretrain, sft
 from recipes.pretrain_config import PretrainConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +123,26 @@ def test_hub_data_set(workplace, monkeypatch):
     (command,) = commands("hub data set")
     run(command)
     assert ("roneneldan/TinyStories", True) in asked and results("runs/stories")
+
+
+def test_own_conversations(workplace):
+    """Fine-tuning on a file of chats, then the evaluation of what came out."""
+    question, answer = "State the final answer: 14 + 25 =", "<think>\n14+25=39\n</think>\n\n39"
+    chat = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    Path("my_chats.jsonl").write_text("\n".join([json.dumps(chat)] * 40))
+    tokenizer = train_tokenizer([question + answer], 400)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = SMALL | special | {"vocab_size": 400, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+                               "max_position_embeddings": 512}  # fmt: skip
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_r1"](**sizes)).save_pretrained("my-model")
+    tokenizer.save_pretrained("my-model")
+    tune, evaluate = commands("own conversations")
+    assert tune[:3] == ["accelerate", "launch", "recipes/sft.py"] and evaluate[:2] == ["python", "recipes/eval.py"]
+    few = ["--max_steps", "2", "--eval_strategy", "no", "--eval_problems", "2", "--eval_max_new_tokens", "4", "--use_cpu"]
+    sft.main([*tune[3:], *few])
+    assert results("runs/my_chats")["tasks"]["after"]["tasks"]["chain_sum"]["problems"] == 2
+    eval_recipe.main([*evaluate[2:], "--problems", "2", "--max_new_tokens", "4"])
+    assert set(results("runs/my_eval")["tasks"]) == {"chain_sum", "gcd"} and Path("runs/my_eval/report.html").is_file()
 
 
 def test_first_commands(workplace):

@@ -1,7 +1,10 @@
 """Sets of conversations: sides, shares, styles, columns, bad rows, sameness, and that TRL's loader reads them."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -18,7 +21,9 @@ from recipes.conversations import check_conversation, split_reasoning
 from recipes.task_base import Problem, split_of
 from recipes.tasks import get_task
 
-SMALL = {"tasks": "chain_sum:1-2,number_filtering:1", "problems": 60, "test_problems": 10, "dialogues": 40, "progress": False}
+ROOT = Path(__file__).parents[2]
+SMALL = {"tasks": "chain_sum:1-2,number_filtering:1", "problems": 60, "test_problems": 10, "dialogues": 40,
+         "progress": False}
 
 
 def rows_of(folder, split="train"):
@@ -32,7 +37,7 @@ def small(tmp_path_factory):
 
 
 def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -105,7 +110,7 @@ def test_dialogues_are_right_and_stay_on_their_side():
 
 def test_leaking_problems_are_caught():
     row = {"messages": [{"role": "user", "content": "q"}], "key": "k", "task": ""}
-    with pytest.raises(AssertionError, match="1 problems are in both splits, for instance 'k'"):
+    with pytest.raises(AssertionError, match="2 problems are in both splits, for instance 'k'"):
         assert_disjoint({"train": [row], "test": [row]})
 
 
@@ -130,6 +135,78 @@ def test_columns_and_spellings_give_the_same_conversation(row, columns, tmp_path
     assert [found["messages"] for found in conversations(str(tmp_path / "b.parquet"), mapping)] == [expected]
 
 
+def test_explicit_columns_go_before_messages_and_alpaca_keeps_its_input():
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "problem": "p",
+           "solution": "s"}
+    assert [m["content"] for m in to_messages(row, {"question": "problem", "answer": "solution"})] == ["p", "s"]
+    assert [m["content"] for m in to_messages(row, {})] == ["x", "y"]
+    alpaca = {"instruction": "Summarise.", "input": "A long text.", "output": "Text."}
+    assert to_messages(alpaca, {})[0]["content"] == "Summarise.\n\nA long text."
+    assert to_messages({**alpaca, "input": ""}, {})[0]["content"] == "Summarise."
+    assert to_messages(alpaca, {"question": "instruction", "answer": "output"})[0]["content"] == "Summarise."
+
+
+def test_a_downloaded_hub_folder(tmp_path):
+    """Cards and held-out parts are passed over; odd columns do not reach the set, which one schema must hold."""
+    folder = tmp_path / "set"
+    for name in ("data", ".cache", "validation"):
+        (folder / name).mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".cache" / "x.jsonl").write_text("no JSON")
+    def rows(name, count):
+        return [{"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": f"{name} {i}?"},
+                                   {"from": "gpt", "value": str(i)}], "id": i, "difficulty": "hard", "task": ["chat"],
+                 "key": 7, "style": None} for i in range(count)]
+    for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test-00000-of-00001", 4)):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(name, count)), folder / "data" / f"{name}.parquet")
+    write_lines(folder / "validation" / "a.jsonl", rows("v", 2))
+    (tmp_path / "array.json").write_text(json.dumps(rows("array", 2)), encoding="utf-8-sig")
+    manifest = prepare(tmp_path / "out", sources={"a": str(folder), "b": str(tmp_path / "array.json"), "traces": "built-in"},
+                       **{**SMALL, "dialogues": 0}, test_share=0)
+    found = [row for row in rows_of(tmp_path / "out") if row["source"] != "traces"]
+    assert len(found) == 7 and {row["source"] for row in found} == {"a", "b"}
+    assert {(row["difficulty"], row["task"], row["key"], row["style"]) for row in found} == {(0, "", "", "")}
+    assert all([turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"] for row in found)
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "out" / "train.jsonl"), split="train",
+                                   cache_dir=str(tmp_path / "cache"))
+    assert loaded.features["difficulty"].dtype == "int64" and loaded.features["key"].dtype == "string"
+    (folder / "data" / "train-00002-of-00002.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(ValueError, match="train-00002-of-00002.parquet cannot be read"):
+        list(conversations(str(folder)))
+    only = tmp_path / "only"
+    only.mkdir()
+    write_lines(only / "test.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(ValueError, match="holds no training file .*held-out parts are passed over"):
+        list(conversations(str(only)))
+
+
+def test_what_is_held_out_is_left_out_of_every_source(small, tmp_path):
+    """Rows of the test file, offered as training rows under other names, stay out; so do those of an evaluation set."""
+    test = [row for row in rows_of(small[0], "test") if row["source"] == "traces"]
+    renamed = [{"question": row["messages"][0]["content"].upper(), "answer": "x", "key": f"mine {i}"}
+               for i, row in enumerate(test)]
+    renamed += [{"question": "def f():", "answer": "x", "task": "human_eval"}, {"question": "Hello", "answer": "Hi"}]
+    location = write_lines(tmp_path / "a.jsonl", renamed)
+    manifest = prepare(tmp_path / "out", **SMALL, sources={"traces": "built-in", "own": location}, test_share=0)
+    assert manifest["splits"]["train"]["sources"]["own"] == 1 and manifest["left_out"]["own"]["held out"] == len(test) == 30
+    assert "human_eval" in {row["task"] for row in rows_of(tmp_path / "out", "test")}
+
+
+def test_dialogues_end_where_nothing_fits():
+    assert list(dialogues(0, "train", {"letter_counting": [1]}, 5, 10)) == []
+
+
+@pytest.mark.slow
+def test_sets_are_the_same_in_every_process(small, tmp_path):
+    """Nothing may hang on the order of a set of strings, which another PYTHONHASHSEED changes."""
+    command = [sys.executable, "-m", "data_scripts.prepare_sft", "--output_dir", str(tmp_path / "out"), "--tasks", SMALL["tasks"],
+               "--problems", "60", "--test_problems", "10", "--dialogues", "40"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "4242"})
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (small[0] / name).read_bytes()
+
+
 def test_direct_answers():
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     block = with_blocks(turns, "empty_block")
@@ -151,8 +228,13 @@ BAD = [
     ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "message 1 has role 'user'"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, r"message 1 \(assistant\) is empty"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nhm"}]}, "never closes it"),
-    ({"messages": "hello"}, "expected role and content"),
-    ({"question": "a", "answer": 7}, "content of type int"),
+    ({"messages": "hello"}, "column messages holds text that is no JSON"),
+    ({"question": "a", "answer": 7}, "answer is a int, expected text"),
+    ({"question": "a", "answer": "b", "reasoning": ["c"]}, "reasoning is a list, expected text"),
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "message 0 has role 'narrator'"),
+    ({"messages": {"role": ["user"], "content": ["a"]}}, "column messages must hold a list"),
+    ({"question": "a", "answer": "b\ud800"}, "surrogates not allowed"),
+    ({"question": "3 + 4?", "answer": "7", "task": "chain_sum"}, "told apart by a key"),
 ]  # fmt: skip
 
 
@@ -197,6 +279,9 @@ def test_duplicates_are_left_out(tmp_path):
     (["--source", "x=built-in"], "source 'x' is not built in; built in are traces, dialogues"),
     (["--columns", "y:question=a"], "columns for 'y', which is no source"),
     (["--only_given"], "no sources"),
+    (["--dialogues", "-1"], "dialogues=-1 must be at least 0"),
+    (["--source", "a=x", "--source", "a=y"], "--source names 'a' twice"),
+    (["--source", "a=./missing.jsonl"], "does not exist"),
 ])  # fmt: skip
 def test_errors_name_field_and_way_out(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit):

@@ -112,6 +112,21 @@ def test_prompt_and_completion_are_tokenized_apart_as_together(tokenizer):
         assert prompt.count(tokenizer.bos_token_id) == 1 == whole.count(tokenizer.bos_token_id)
 
 
+@pytest.mark.parametrize("content, fields", [
+    ("<think>\n\n</think>\n\nFour.", {}), ("<think></think>Four.", {}), ("\n<think>\n\n  Two.</think>Four.", {}),
+    ("Four.", {"reasoning_content": "\n\nTwo.\n\n"}), ("Four.", {"reasoning_content": "\n"}),
+])  # fmt: skip
+def test_every_way_to_write_reasoning_begins_as_the_prompt_ends(trained, content, fields):
+    """Token by token: a line end that merges with the prompt's would train on what no prompt leads to."""
+    tokenizer = set_chat_template(trained, "deepseek_r1")
+    prompt = tokenizer.apply_chat_template([user()], return_dict=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([user(), assistant(content, **fields)], return_dict=False)
+    assert whole[: len(prompt)] == prompt
+    text = tokenizer.decode(whole[len(prompt) :])
+    assert text.startswith("Two." if "Two." in content + str(fields) else "</think>")
+    assert text.endswith(f"Four.{EOS}") and text.count("</think>") == 1
+
+
 def test_trl_finds_the_templates_fit_for_training(tokenizer):
     check_training_template(tokenizer)
     assert get_training_chat_template(tokenizer) is None  # nothing to be patched
@@ -140,9 +155,9 @@ def test_r1_format_equals_the_released_one(trained):
     assert prompt == f"{BOS}Be brief.<｜User｜>a<｜Assistant｜>\n\nFour.{EOS}<｜User｜>c<｜Assistant｜>"
     assert text([SYSTEM, SYSTEM, user("a")]) == f"{BOS}Be brief.\n\nBe brief.<｜User｜>a"
     called = [user("w"), assistant("Wait.", tool_calls=[CALL]), {"role": "tool", "content": "9"}]
-    expected = (f'{BOS}<｜User｜>w<｜Assistant｜>Wait.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n'
-                f'```json\n{{"a": 1}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>{EOS}<｜tool▁outputs▁begin｜>'
-                "<｜tool▁output▁begin｜>9<｜tool▁output▁end｜><｜tool▁outputs▁end｜>")
+    expected = (f'{BOS}<｜User｜>w<｜Assistant｜>Wait.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function'
+                f'<｜tool▁sep｜>add\n```json\n{{"a": 1}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>{EOS}'
+                "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>9<｜tool▁output▁end｜><｜tool▁outputs▁end｜>")
     assert text(called, add_generation_prompt=True) == expected
     assert text([*called, assistant("9."), user("c")]) == f"{expected}9.{EOS}<｜User｜>c"
     late = [*called[:2], SYSTEM, called[2], SYSTEM, assistant("9.")]  # a system message between changes nothing there

@@ -300,7 +300,7 @@ def test_another_programs_checkpoints_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="already holds checkpoint-2"):
         tiny_trainer(tmp_path).train()
     trainer = tiny_trainer(tmp_path)
-    trainer._require_fresh_output_dir = lambda: None
+    trainer.require_fresh_output_dir = lambda: None
     with pytest.raises(CheckpointSaveError, match="not written by this code"):
         trainer.train()
     assert (foreign / "trainer_state.json").exists()

@@ -28,7 +28,8 @@ def test_good_conversations_pass(messages):
 
 
 @pytest.mark.parametrize("messages, reason", [
-    ([], "must be a list"), ("text", "must be a list"), (None, "must be a list"), (["a"], "message 0 must be a mapping"),
+    ([], "must be a list"), ("text", "must be a list"), (None, "must be a list"),
+    (["a"], "message 0 must be a mapping"),
     ([{"role": "user"}], "message 0 must be a mapping"), (chat("a"), "last message has role 'user'"),
     ([{"role": "human", "content": "a"}], "role 'human'; known roles"),
     ([{"role": "assistant", "content": "a"}], "role 'assistant' first"),
@@ -38,7 +39,9 @@ def test_good_conversations_pass(messages):
     (chat("a", ""), "message 1 .assistant. is empty"), (chat("  ", "b"), "message 0 .user. is empty"),
     (chat("a", None), "message 1 .assistant. is empty"), (chat("a", 3), "content of type int"),
     (chat("a", "<think>\nx"), "never closes it"), (chat("a", "x</think>b"), "without opening it"),
-    (chat("a", "<think>x</think>b<think>y</think>c"), "at most one"), (chat("a", "b <think>x</think> c"), "at its start"),
+    (chat("a", "<think>x</think>b<think>y</think>c"), "at most one"),
+    (chat("a", "b <think>x</think> c"), "at its start"),
+    ([*chat("a"), {"role": "assistant", "content": "<think>x</think>b", "reasoning_content": "y"}], "keep one form"),
     (chat("a", "<think>\nx\n</think>\n"), "no answer after"), (chat("a </think>", "b"), "only assistant turns reason"),
     (TOOLS[:1] + [{"role": "assistant", "content": "x"}] + TOOLS[2:], "without tool_calls"),
 ])  # fmt: skip

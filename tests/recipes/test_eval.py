@@ -13,9 +13,9 @@ import torch
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import eval as evaluation_script
 from recipes.eval_config import EvalConfig
-from recipes.eval_report import build_report, pick_examples, write_report
+from recipes.eval_report import pick_examples, write_report
 from recipes.eval_scores import OUTCOMES
-from recipes.eval_tables import paired_differences, read_results
+from recipes.eval_tables import comparison_table, model_rows, paired_differences, read_results, results_table
 from recipes.evaluation import read_completions
 from tests.modeling.helpers import tiny_model
 
@@ -46,34 +46,54 @@ def decided(result):
     return {name: result[name] for name in ("tasks", "overall", "per_problem", "settings", "prompt_example")}
 
 
-def test_a_run_and_a_comparison(folder, tmp_path, capsys):
-    sampled = ["--samples", "2", "--temperature", "1.0"]
-    evaluation_script.main(command(folder, tmp_path / "a", *sampled, "--text_dataset", str(folder / "held_out.txt")))
-    printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "a/eval.json").read_text())
-    rows = read_completions(tmp_path / "a/completions.jsonl")
-    assert len(rows) == 16 and result["model"]["dtype"] == "float32" and result["settings"]["sampling"]["samples"] == 2
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+    """The output folder of a real run."""
+    path = tmp_path_factory.mktemp("evaluated")
+    text = ["--text_dataset", str(folder / "held_out.txt")]
+    evaluation_script.main(command(folder, path, "--samples", "3", "--temperature", "1.0", *text))
+    return path
+
+
+def test_a_run(folder, evaluated):
+    result = json.loads((evaluated / "eval.json").read_text())
+    printed, rows = results_table(result), read_completions(evaluated / "completions.jsonl")
+    assert len(rows) == 24 and result["model"]["dtype"] == "float32" and result["settings"]["sampling"]["samples"] == 3
+    assert all(task["pass@k"].keys() == {"1", "2", "3"} for task in (*result["tasks"].values(), result["overall"]))
     assert {"python", "torch", "transformers", "code"} <= result["versions"].keys()
     assert result["text"]["bytes"] == len((folder / "held_out.txt").read_bytes())
 
-    page = (tmp_path / "a/report.html").read_text()
+    page = (evaluated / "report.html").read_text()
     low, high = (f"{100 * result['tasks']['syllogism']['pass@1'][end]:.1f}" for end in ("low", "high"))
-    for words in (f"[{low}, {high}]", f"{result['text']['bits_per_byte']:.4f}", "pass@2 %", "Calibration", "difficulty",
+    for words in (f"[{low}, {high}]", f"{result['text']['bits_per_byte']:.4f}", "pass@3 %", "Calibration", "difficulty",
                   html.escape(rows[0]["prompt"])[:60], html.escape(result["prompt_example"])):
         assert words in page, words
     assert f"[{low}, {high}]" in printed and "http://" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", "").replace("http://creativecommons.org", "")  # nothing is loaded from elsewhere
     for outcome, chosen in pick_examples(rows).items():
-        assert f"{sum(row['outcome'] == outcome for row in rows)} of 16" in page
+        assert f"{sum(row['outcome'] == outcome for row in rows)} of 24" in page
         assert all(row["outcome"] == outcome for row in chosen)
 
-    evaluation_script.main(command(folder, tmp_path / "b", "--seed", "1", *sampled))
-    evaluation_script.main(["--compare", str(tmp_path / "a/eval.json"), str(tmp_path / "b"), "--output_dir", str(tmp_path / "c")])
-    printed = capsys.readouterr().out
-    page = (tmp_path / "c/report.html").read_text()
+
+def test_a_comparison(folder, evaluated, tmp_path, capsys):
+    other = json.loads((evaluated / "eval.json").read_text())
+    other["settings"]["seed"], other["settings"]["sampling"]["seed"], other["text"]["window"] = 7, 1, 9
+    (tmp_path / "eval.json").write_text(json.dumps(other))
+    paths = [str(evaluated / "eval.json"), str(tmp_path)]
+    evaluation_script.main(["--compare", *paths, "--output_dir", str(tmp_path / "c")])
+    printed, page = capsys.readouterr().out, (tmp_path / "c/report.html").read_text()
     name = folder.name
-    assert f"less {name}" in printed and f"{name} (2)" in printed and "seed: 0, 1" in printed
+    assert f"less {name}" in printed and f"{name} (2)" in printed
     assert f"Differences to {name}" in page and page.count("<svg") == 2
+    for difference in ("problem_seed: 0, 7", " seed: 0, 1", "bits per byte do not compare"):
+        assert difference in printed and difference.strip() in page
+
+    results = read_results([evaluated, tmp_path])
+    del results[1]["tasks"]["syllogism"]  # means over different tasks do not compare
+    assert not [row for row in model_rows(results)[1] if row[0].startswith("mean")]
+    results[0]["tasks"]["gcd"] = results[1]["tasks"]["gcd"] = results[0]["tasks"]["chain_sum"]
+    both = results[0]["tasks"]["chain_sum"]["pass@1"]["value"]
+    assert f"mean of 2 common tasks  {100 * both:.1f} [" in comparison_table(results)
 
 
 def test_paired_differences_take_common_problems_only(tmp_path):
@@ -81,23 +101,29 @@ def test_paired_differences_take_common_problems_only(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "tasks": {}, "per_problem": {"t": values}}))
     (found,) = paired_differences(read_results([tmp_path / "a.json", tmp_path / "b.json"]))
     assert (found["name"], found["problems"], found["value"]) == ("b", 2, 0.5) and found["low"] < 0.5 < found["high"]
-    with pytest.raises(ValueError, match="no such file"):
-        read_results([tmp_path / "absent"])
+    (tmp_path / "c.json").write_text("[1]")
+    for name, words in (("absent", "no such file"), ("c.json", "no result of"), (__file__, "is no JSON")):
+        with pytest.raises(ValueError, match=words):
+            read_results([tmp_path / name])
 
 
-def test_every_outcome_can_be_read_on_the_page(folder, tmp_path):
+def test_every_outcome_can_be_read_on_the_page(evaluated, tmp_path):
     """The report of a made-up mixture: hostile text is escaped, reference and answer letters are counted."""
-    evaluation_script.main(command(folder, tmp_path))
-    rows = read_completions(tmp_path / "completions.jsonl")
+    rows = read_completions(evaluated / "completions.jsonl")
     for place, row in enumerate(rows):
         row |= {"outcome": OUTCOMES[place % 6], "completion": f"<script>{place}</think>&answer", "kind": "boolean",
                 "reference": "Yes", "answer": ("False", "True", None)[place % 3]}  # fmt: skip
-    page = build_report(json.loads((tmp_path / "eval.json").read_text()), rows)
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = json.loads((evaluated / "eval.json").read_text())
+    result["overall"]["shortened"] = 0.25
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    page = write_report(tmp_path).read_text()
     assert "<script" not in page and "&lt;script&gt;0&lt;/think&gt;" in page and "&amp;answer" in page
     assert all(f"<h3>{outcome}:" in page for outcome in OUTCOMES)
-    assert all(f">{answer}</th>" in page for answer in ("yes", "no", "none"))
-    before = (tmp_path / "report.html").read_bytes()
-    assert write_report(tmp_path).read_bytes() == before
+    counts = [page.count(f">{answer}</th>") for answer in ("yes", "no", "none")]
+    assert counts == [4, 2, 2]  # a column in the table of each task, and a row for the reference
+    assert ">Yes</th>" not in page and page.count("rgba(47,138,87,0.18)'>4</td>") == 2  # "True" is the right "Yes"
+    assert "25.0 % of completions were cut off early" in page and "25.0 % of" in results_table(result)
     with pytest.raises(ValueError, match=r"holds no eval\.json"):
         write_report(tmp_path / "nowhere")
 
@@ -105,11 +131,17 @@ def test_every_outcome_can_be_read_on_the_page(folder, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"output_dir": None}, "output_dir is unset"), ({"model_name_or_path": None}, "model_name_or_path is unset"),
     ({"tasks": []}, "nothing to evaluate"), ({"dtype": "int8"}, "dtype='int8'"), ({"tasks": ["gdc"]}, "gcd"),
-    ({"samples": 3}, "samples=3 with temperature=0"),
+    ({"samples": 3}, "samples=3 with temperature=0"), ({"difficulties": [2, 2]}, r"\[2, 2\] names one twice"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, words):
     with pytest.raises(ValueError, match=words):
         EvalConfig(**({"model_name_or_path": "m", "output_dir": "o", "tasks": ["gcd"]} | changes))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(folder):
+    with pytest.raises(FileExistsError):
+        evaluation_script.main(["--model_name_or_path", "absent", "--text_dataset", "absent", "--use_cpu",
+                                "--output_dir", str(folder / "held_out.txt")])  # fmt: skip
 
 
 @pytest.mark.slow

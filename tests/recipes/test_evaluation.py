@@ -5,6 +5,8 @@ import json
 import math
 from types import SimpleNamespace
 
+import datasets
+import numpy
 import pytest
 import torch
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
@@ -12,7 +14,15 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import evaluation
-from recipes.eval_scores import has_format, macro_average, outcome_of, score_row, summarise_tasks
+from recipes.eval_scores import (
+    has_format,
+    macro_average,
+    measured,
+    outcome_of,
+    score_completion,
+    score_row,
+    summarise_tasks,
+)
 from recipes.eval_text import cut_windows, encode, held_out_documents
 from recipes.evaluation import (
     EvaluationSettings,
@@ -55,10 +65,11 @@ class Scripted(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.bool().tolist())):
             ids = tuple(itertools.compress(ids, mask))
-            prompt = max((p for p in self.scripts if ids[:len(p)] == p), key=len)
-            rest = self.scripts[prompt][len(ids) - len(prompt):]
+            prompt = max((p for p in self.scripts if ids[:len(p)] == p), key=len, default=())
+            rest = self.scripts.get(prompt, ())[len(ids) - len(prompt):]
             logits[row, -1, rest[0] if rest else self.end] = 20.0
         return CausalLMOutput(logits=logits)
 
@@ -129,7 +140,8 @@ def test_chat_prompts_by_template(tokenizer):
 
 
 @pytest.mark.parametrize("text, opened, good", [
-    ("so</think> 4", True, True), ("so 4", True, False), ("so</think>  \n", True, False), ("</think>a</think> 4", True, False),
+    ("so</think> 4", True, True), ("so 4", True, False), ("so</think>  \n", True, False),
+    ("</think>a</think> 4", True, False),
     ("<think>so</think> 4", True, False), ("4", False, True), (" ", False, False), ("<think>so</think> 4", False, True),
     ("<think>so 4", False, False), ("a <think>so</think> 4", False, False), ("so</think> 4", False, False),
 ])  # fmt: skip
@@ -150,7 +162,8 @@ def test_figures_against_counting():
     rows = [row_of(bool(grid[p][s]), answers[p][s], p, s) for p in range(3) for s in range(4)]
     found = summarise_tasks(rows[::-1])["tasks"]["t"]
     for k in (1, 2, 4):
-        tries = [[any(problem[s] for s in chosen) for chosen in itertools.combinations(range(4), k)] for problem in grid]
+        subsets = list(itertools.combinations(range(4), k))
+        tries = [[any(problem[s] for s in chosen) for chosen in subsets] for problem in grid]
         expected = sum(sum(t) / len(t) for t in tries) / 3
         assert found["pass@k"][str(k)]["value"] == pytest.approx(expected)
     assert found["pass@1"]["value"] == pytest.approx(4 / 12) and found["maj@n"]["value"] == pytest.approx(1 / 3)
@@ -167,6 +180,26 @@ def test_calibration_uses_the_majority_or_the_log_probability():
 def test_macro_average():
     parts = [{"value": 0.0, "low": 0.0, "high": 0.3}, {"value": 1.0, "low": 0.6, "high": 1.0}]
     assert macro_average(parts) == pytest.approx({"value": 0.5, "low": 0.3, "high": 0.65})
+
+
+def test_the_macro_average_covers_the_truth():
+    rng, inside, shares = numpy.random.default_rng(0), 0, (0.1, 0.5, 0.8)
+    for _ in range(500):  # 20 problems of three tasks, one sample of each
+        parts = [measured((rng.uniform(size=20) < share).astype(float)) for share in shares]
+        found = macro_average(parts)
+        inside += found["low"] <= sum(shares) / 3 <= found["high"]
+    assert 0.93 < inside / 500 < 0.985
+
+
+@pytest.mark.parametrize("text, opened, strict, lenient", [
+    ("{} it is.</think>", True, False, True), ("{} it is.</think>", False, False, True), ("{}", False, True, True),
+    ("So {}", True, False, True), ("<think>So {}", False, False, True), ("<think>a</think>{}", False, True, True),
+    ("{}</think> 98765", True, False, False),
+])  # fmt: skip
+def test_lenient_reads_the_answer_wherever_it_stands(text, opened, strict, lenient):
+    ((task, problem), *_) = load_problems(settings_of())
+    good, verdict, free = score_completion(task, problem, text.format(problem.reference), opened)
+    assert (good and verdict.correct, free.correct) == (strict, lenient)
 
 
 def test_malformed_answers_have_no_vote(tokenizer):
@@ -186,8 +219,8 @@ def quiet(result):
 
 def test_any_batch_size_and_a_cut_off_run_give_the_same(tokenizer, model, tmp_path):
     def run(batch_size, folder):
-        settings = settings_of(sampling={"samples": 2, "temperature": 1.0, "batch_size": batch_size, "max_new_tokens": 12})
-        return evaluate_tasks(model, tokenizer, settings, folder, progress=False)
+        sampling = {"samples": 2, "temperature": 1.0, "batch_size": batch_size, "max_new_tokens": 12}
+        return evaluate_tasks(model, tokenizer, settings_of(sampling=sampling), folder, progress=False)
     whole = run(1, tmp_path / "a")
     assert quiet(run(7, tmp_path / "b")) == quiet(whole)
     lines = (tmp_path / "a/completions.jsonl").read_text().splitlines(keepends=True)
@@ -201,19 +234,27 @@ def test_any_batch_size_and_a_cut_off_run_give_the_same(tokenizer, model, tmp_pa
     assert not list(tmp_path.glob("a/*rank*"))
 
 
-def test_completions_of_another_evaluation_are_an_error(tokenizer, model, tmp_path):
+def test_completions_of_another_evaluation_are_an_error(tokenizer, model, tmp_path, monkeypatch):
     changes = {"sampling": {"max_new_tokens": 2}, "problems": 1, "tasks": ["gcd:1"]}
     evaluate_tasks(model, tokenizer, settings_of(**changes), tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"seed \(was 0, is 1\).*overwrite_output_dir"):
         evaluate_tasks(model, tokenizer, settings_of(**changes, seed=1), tmp_path, progress=False)
+    for holder, name, words in ((model.config, "num_experts_per_tok", "model"),  # the same weights in another model
+                                (model.generation_config, "eos_token_id", "end_tokens")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"different: {words}"):
+            patch.setattr(holder, name, 1)
+            evaluate_tasks(model, tokenizer, settings_of(**changes), tmp_path, progress=False)
     with torch.no_grad():
         model.lm_head.weight[5] += 1e-2
-    with pytest.raises(ValueError, match="different: weights"):
+    with pytest.raises(ValueError, match="different: model"):
         evaluate_tasks(model, tokenizer, settings_of(**changes), tmp_path, progress=False)
     evaluation.clear_completions(tmp_path)
     evaluate_tasks(model, tokenizer, settings_of(**changes), tmp_path, progress=False)
     path = tmp_path / "completions.jsonl"
-    path.write_text("{cut\n" + path.read_text())
+    whole = read_completions(path)
+    path.write_bytes(path.read_bytes() + '{"completion": "é'.encode()[:-1])  # cut within a character
+    assert read_completions(path) == whole
+    path.write_text("{cut\n" + path.read_text(errors="ignore"))
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_completions(path)
 
@@ -231,7 +272,8 @@ def test_task_names_and_shares_of_difficulties():
     assert parse_task("gcd:2-4") == ("gcd", [2, 3, 4]) and parse_task("gcd") == ("gcd", None)
     levels = [p.metadata["difficulty"] for _, p in load_problems(settings_of(["gcd:2-4", "lcm"], problems=5))]
     assert levels == [2, 2, 3, 3, 4] + [1, 2, 3, 4, 5]
-    assert [p.metadata["difficulty"] for _, p in load_problems(settings_of(["lcm"], difficulties=[5], problems=2))] == [5, 5]
+    fives = load_problems(settings_of(["lcm"], difficulties=[5], problems=2))
+    assert [problem.metadata["difficulty"] for _, problem in fives] == [5, 5]
 
 
 def test_sharded_parameters_are_refused(tokenizer, model):
@@ -253,7 +295,8 @@ def direct_nats(model, ids, window):
     for place in range(1, len(ids)):
         if place >= end:
             begin, end = end - window // 2, min(end - window // 2 + window, len(ids))
-        total -= float(model(input_ids=torch.tensor([ids[begin:place]])).logits[0, -1].double().log_softmax(-1)[ids[place]])
+        scores = model(input_ids=torch.tensor([ids[begin:place]])).logits[0, -1].double().log_softmax(-1)
+        total -= float(scores[ids[place]])
     return total
 
 
@@ -290,8 +333,8 @@ def test_a_packed_set_serves_another_tokenizer(tokenizer, model, tmp_path):
     texts = [f"{' '.join(str(n * 1000 + i * i) for i in range(20))} <｜User｜> naïve,  Tom 's\n" for n in range(40)]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare(["--output_dir", str(tmp_path / "packed"), "--source", f"mine={tmp_path / 'texts'}", "--mixture", "mine=100",
-             "--vocab_size", "300"])  # fmt: skip
+    prepare(["--output_dir", str(tmp_path / "packed"), "--source", f"mine={tmp_path / 'texts'}",
+             "--mixture", "mine=100", "--vocab_size", "300"])  # fmt: skip
     documents, split = held_out_documents(tmp_path / "packed")
     assert split == "validation" and documents and {d.text for d in documents} <= set(texts)
     assert {d.source for d in documents} == {"mine"}
@@ -299,6 +342,27 @@ def test_a_packed_set_serves_another_tokenizer(tokenizer, model, tmp_path):
     again = evaluate_text(model, tokenizer, [d.text for d in documents], window=64)
     assert found["bits_per_byte"] == again["bits_per_byte"] == found["sources"]["mine"]
     assert held_out_documents(tmp_path / "packed", max_bytes=1)[0] == documents[:1]
+
+
+def test_a_data_set_in_hub_format(tokenizer, model, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["one two", None, "", "Tom's friend é"], "label": [1, 2, 3, 4]})
+    held_out = datasets.Dataset.from_dict({"text": ["held out"]})
+    rows.save_to_disk(tmp_path / "flat")
+    datasets.DatasetDict({"train": rows, "validation": held_out}).save_to_disk(tmp_path / "both")
+    found = evaluate_text(model, tokenizer, tmp_path / "flat")
+    assert (found["split"], found["documents"], found["bytes"]) == ("all", 2, len("one twoTom's friend é".encode()))
+    assert evaluate_text(model, tokenizer, tmp_path / "both")["checksum"] == evaluate_text(
+        model, tokenizer, ["held out"])["checksum"]
+    with pytest.raises(ValueError, match="'label' holds a int.*--text_column"):
+        evaluate_text(model, tokenizer, tmp_path / "flat", text_column="label")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_a_loss_that_is_no_number_is_an_error(tokenizer, value):
+    model = tiny_model(vocab_size=340, max_position_embeddings=64, num_hidden_layers=1)
+    model.lm_head.weight.data[:7] = value
+    with pytest.raises(ValueError, match="nats per token: check the model's weights"):
+        evaluate_text(model, tokenizer, TEXTS[:1])
 
 
 def test_processes_share_the_windows(tokenizer, model, monkeypatch):

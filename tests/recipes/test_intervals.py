@@ -74,7 +74,29 @@ def test_bootstrap_against_student_and_edge_cases():
 def test_mean_interval_chooses_by_the_values():
     assert mean_interval([True, False, True, True]) == wilson_interval(3, 4)
     assert mean_interval([1.0] * 5) == wilson_interval(5, 5)
-    assert mean_interval([0.25, 1.0, 0.5]) == bootstrap_interval([0.25, 1.0, 0.5])
+    # As many zeros and ones as would vary alike, corrected by Student's quantile for 12 values.
+    shares = [0.25, 0.75, 0.5, 0.25, 0.75, 0.5] * 2
+    effective = 12 * 0.25 / numpy.var(shares, ddof=1) * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, 11)) ** 2
+    assert mean_interval(shares) == pytest.approx(wilson_interval(effective / 2, effective)) and effective > 40
+    large = numpy.random.default_rng(7).beta(2, 3, 2000)
+    assert mean_interval(large) == pytest.approx(bootstrap_interval(large), abs=1e-3)
+    # One answer in 120 is right; the bootstrap would end at 0.025, Wilson's interval for none in 30 at 0.11.
+    assert mean_interval([0.25] + [0.0] * 29)[1] > 0.04
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_few_or_equal_shares_never_look_certain(count):
+    """The bootstrap cannot leave the range of its values: one problem, or equal ones, would have no interval."""
+    assert mean_interval([0.25] * count) == wilson_interval(0.25 * count, count)
+    difference, low, high = paired_difference_interval([0.5] * count, [0.25] * count)
+    assert difference == 0.25 and high - low > 0.05 and (low < 0 or count == 40)
+    assert paired_difference_interval([0.5] * count, [0.5] * count)[1] < 0
+
+    rng = numpy.random.default_rng(count)
+    draws = rng.binomial(4, rng.beta(6, 14, (500, count))) / 4  # mean 0.3, four samples of each problem
+    assert coverage(mean_interval, 0.3, draws) > 0.93
+    pairs = list(zip(draws[:250], draws[250:]))
+    assert coverage(lambda p: paired_difference_interval(*p, resamples=300)[1:], 0, pairs) > 0.9
 
 
 def test_paired_difference():
@@ -93,7 +115,7 @@ def test_paired_difference():
     first, second = (rng.uniform(size=hard.shape) < hard**power for power in (1.0, 1.5))
     pairs = list(zip(first.astype(float), second.astype(float)))
     assert coverage(lambda p: paired_difference_interval(*p)[1:], 0.1, pairs) == pytest.approx(0.95, abs=0.03)
-    means = list(zip(hard + rng.normal(0, 0.1, hard.shape), hard))
+    means = list(zip(hard + rng.uniform(-0.2, 0.2, hard.shape) * hard * (1 - hard), hard))
     assert coverage(lambda p: paired_difference_interval(*p, resamples=300)[1:], 0, means) == pytest.approx(
         0.95, abs=0.035)
 
@@ -143,7 +165,9 @@ def test_expected_calibration_error_by_hand():
     (lambda: pass_at_k(4, 2, 0), "k=0"),
     (lambda: majority([]), "empty"),
     (lambda: mean_interval([]), "non-empty"),
+    (lambda: mean_interval([0.5, 1.5]), "per_problem_values holds 0.5 to 1.5"),
     (lambda: paired_difference_interval([1, 0], [1]), "a has 2 and b 1"),
+    (lambda: paired_difference_interval([1, 0], [1, -1]), "b holds -1 to 1"),
     (lambda: expected_calibration_error([1.2], [1]), r"confidences\[0\]=1.2"),
     (lambda: expected_calibration_error([0.2], [0.5]), "truth values"),
     (lambda: expected_calibration_error([0.2, 0.3], [1]), "2 confidences for 1"),

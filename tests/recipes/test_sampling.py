@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import sampling
@@ -130,6 +130,27 @@ def test_batch_size_order_and_company_change_nothing(model, tokenizer, temperatu
         assert ids_of(other) != ids_of(expected)
 
 
+def test_models_that_cannot_do_with_padding_get_one_prompt_at_a_time(tokenizer, caplog):
+    """RWKV takes an attention mask and does nothing with it."""
+    config = RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    model, prompts = RwkvForCausalLM(config).eval(), prompts_of(tokenizer, (3, 9, 2, 9, 3))
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(std=0.3)
+    one, many = (sample_completions(model, tokenizer, prompts, SamplingSettings(
+        max_new_tokens=6, temperature=1.0, batch_size=size)) for size in (1, 5))
+    assert ids_of(one) == ids_of(many) and caplog.text.count("answers of RwkvForCausalLM depend") == 1
+
+
+def test_logits_that_are_no_numbers_are_an_error(tokenizer):
+    broken = tiny_model(vocab_size=VOCAB, max_position_embeddings=128, num_hidden_layers=1)
+    broken.lm_head.weight.data[7] = float("nan")
+    for temperature in (0.0, 1.0):
+        settings = SamplingSettings(max_new_tokens=2, temperature=temperature)
+        with pytest.raises(ValueError, match="not numbers.*dtype=float32"):
+            sample_completions(broken, tokenizer, prompts_of(tokenizer), settings)
+
+
 def test_sampled_tokens_follow_the_softmax(model, tokenizer):
     prompt, count = prompts_of(tokenizer, (6,))[0], 3000
     settings = SamplingSettings(max_new_tokens=1, temperature=0.7, samples=count, batch_size=1000)
@@ -189,7 +210,7 @@ def test_stop_texts_end_a_completion(model, tokenizer):
 
 def test_a_full_context_shortens_and_a_filled_one_is_an_error(tokenizer):
     # GPT-2 has learned positions: one step beyond the last is an index error, so that this cannot pass by luck.
-    config = GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=16, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=0)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
     model = GPT2LMHeadModel(config).eval()
     ids = (tokenizer(TEXTS[0])["input_ids"] * 2)
     prompts = [ids[:length] for length in (20, 4, 14, 19)]
@@ -217,7 +238,7 @@ def test_batches_shrink_when_memory_does_not_suffice(model, tokenizer, monkeypat
         return generate(input_ids=input_ids, **kwargs)
     monkeypatch.setattr(model, "generate", scarce)
     assert ids_of(sample_completions(model, tokenizer, prompts, settings)) == expected
-    assert sizes == [5, 2, 2, 1] and caplog.text.count("out of device memory") == 1
+    assert sizes == [1, 2, 5, 2, 2, 1] and caplog.text.count("out of device memory") == 1
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         sample_completions(model, tokenizer, prompts, settings)
@@ -230,8 +251,9 @@ def test_completions_are_told_as_they_come(model, tokenizer):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"samples": 4}, "samples=4 with temperature=0"), ({"temperature": -1}, "temperature=-1"), ({"top_p": 0}, "top_p=0"),
-    ({"top_k": -2}, "top_k=-2"), ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop": ("a", "")}, "empty"),
+    ({"samples": 4}, "samples=4 with temperature=0"), ({"temperature": -1}, "temperature=-1"),
+    ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop": ("a", "")}, "empty"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, words):
     with pytest.raises(ValueError, match=words):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import sft
 from recipes.logging_callbacks import read_metrics
+from recipes.pretrain_config import parse_config
+from recipes.sft_trainer import causal_lm
 from recipes.task_puzzles import PUZZLE_TASKS
 from tests.recipes.tiny_run import SIZES
 
@@ -89,7 +92,8 @@ def test_the_chat_template_travels(finished, base, tmp_path):
     folder, _ = finished
     own = AutoTokenizer.from_pretrained(base / "model").chat_template
     assert AutoTokenizer.from_pretrained(folder).chat_template == own
-    zero = ("--chat_template", "deepseek_r1_zero", "--max_length", "256", "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
+    zero = ("--chat_template", "deepseek_r1_zero", "--max_length", "256", "--max_steps", "1", "--eval_strategy", "no",
+            "--save_strategy", "no")  # fmt: skip
     sft.main(arguments(base, tmp_path, *zero))
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template != own
 
@@ -133,18 +137,37 @@ def test_adapters_on_routed_experts(base, tmp_path, caplog):
     assert any("mlp.experts.gate_up_proj" in name for name in changed)
     assert any("self_attn.o_proj" in name for name in changed)
     assert not any(part in name for name in changed for part in ("shared_experts", "mlp.gate.", "embed_tokens", "norm"))
-    subprocess.run([sys.executable, "-c", RELOAD, tmp_path, tmp_path / "logits.pt"], check=True, capture_output=True)
+    fresh = subprocess.Popen([sys.executable, "-c", RELOAD, tmp_path, tmp_path / "logits.pt"])
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(torch.arange(3, 40)[None]).logits
+
+    resumed = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-1"), "--merge_adapter", "false")
+    again = sft.main(arguments(base, tmp_path / "again", *groups, *resumed))
+    assert again["held_out"] == results["held_out"] and not (tmp_path / "again" / "merged").exists()
+    files = (folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / "again"))
+    assert len({file.read_bytes() for file in files}) == 1
+    assert fresh.wait(timeout=120) == 0
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
-    again = sft.main(arguments(base, tmp_path, *groups, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")))
-    assert again["held_out"] == results["held_out"]
+
+def test_adapters_on_mtp_layers_are_trained_only_with_their_loss(base, caplog):
+    """Under DDP, a trained weight that gets no gradient stops the run."""
+    shares = []
+    for coef in ("0.3", "0"):
+        more = ("--lora_rank", "2", "--lora_groups", "attention", "routed_experts", "--mtp_loss_coef", coef)
+        args = parse_config(sft.SFTRecipeConfig, arguments(base, "unused", *more))
+        model = sft.build_model(args, AutoTokenizer.from_pretrained(base / "model"))
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert any("layers.1.mlp.experts" in name for name in trained)
+        assert any("layers.2." in name for name in trained) == (coef != "0") == causal_lm(model).trains_mtp
+        shares.append(re.findall(r"([\d,]+) of .* adapted", caplog.text)[-1])
+    assert shares[0] != shares[1]
 
 
 def test_adapters_that_nothing_can_take(base, tmp_path):
     with pytest.raises(ValueError, match="lora_dropout=0.1 cannot act on routed experts"):
-        sft.main(arguments(base, tmp_path, "--lora_rank", "2", "--lora_groups", "routed_experts", "--lora_dropout", "0.1"))
+        sft.main(arguments(base, tmp_path, "--lora_rank", "2", "--lora_groups", "routed_experts",
+                           "--lora_dropout", "0.1"))  # fmt: skip
 
 
 @pytest.mark.parametrize("more, reason", [
@@ -152,11 +175,22 @@ def test_adapters_that_nothing_can_take(base, tmp_path):
     (("--mtp_loss_cof", "1"), "did you mean mtp_loss_coef"),
     (("--eval_tasks", "chainsum"), "unknown task 'chainsum'; known are chain_sum"),
     (("--chat_template", "deepseek_r2"), "did you mean deepseek_r1"),
+    (("--max_length", "257"), "max_length=257 exceeds the context of .* .256 tokens"),
+    (("--model_init_kwargs", '{"dtype": "bfloat16"}'), "model_init_kwargs holds 'dtype', which weights_dtype sets"),
+    (("--model_name_or_path", "runs/none"), "runs/none does not exist"),
+    (("--validation_fraction", "0"), "eval_strategy=steps needs held-out examples: raise validation_fraction=0.0"),
+    (("--per_device_train_batch_size", "64"), "rows of examples fill no batch: .* times 1 processes is 64; lower it"),
 ])  # fmt: skip
 def test_bad_input_is_named(base, tmp_path, more, reason):
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
         sft.main(arguments(base, tmp_path, *more))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_not_overwritten(finished, base):
+    """Said before the tasks are evaluated, not after."""
+    with pytest.raises(ValueError, match="already holds checkpoint-4 of an earlier run"):
+        sft.main(arguments(base, finished[0], "--eval_tasks", "gcd:1", "--eval_problems", "3"))
 
 
 def test_dry_run_shows_the_data(base, tmp_path, capsys):
@@ -168,8 +202,8 @@ def test_dry_run_shows_the_data(base, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_are_one(finished, base, tmp_path):
     """The same weights from the same global batches, launched as documented."""
-    changes = ("--packing", "false", "--optim", "sgd", "--train_sampling_strategy", "sequential", "--eval_strategy", "no",
-               "--save_strategy", "no", "--max_steps", "2")  # fmt: skip
+    changes = ("--packing", "false", "--optim", "sgd", "--train_sampling_strategy", "sequential", "--eval_strategy",
+               "no", "--save_strategy", "no", "--max_steps", "2")  # fmt: skip
     sft.main(arguments(base, tmp_path / "one", *changes, "--per_device_train_batch_size", "4"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631", SCRIPT,
                *arguments(base, tmp_path / "two", *changes)]  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from data_scripts.train_tokenizer import train_tokenizer
+from recipes import sft_data
 from recipes.chat_format import set_chat_template
 from recipes.sft_data import (
     Encoding,
@@ -59,7 +60,8 @@ def test_each_answer_is_trained_once_as_it_is_seen_at_inference(tokenizer):
         [THOUGHT + END], ["You are welcome." + END], ["<think>\nfour and four\n</think>\n\neight" + END],
     ]  # fmt: skip
     for turn, (ids, labels, status) in zip((3, 5, 7), examples):
-        prompt = tokenizer.apply_chat_template(TALK[: turn - 1], add_generation_prompt=True, thinking=False)["input_ids"]
+        settings = {"add_generation_prompt": True, "thinking": False}
+        prompt = tokenizer.apply_chat_template(TALK[: turn - 1], **settings)["input_ids"]
         assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [-100] * len(prompt)
         assert labels[len(prompt) :] == ids[len(prompt) :] and status == "kept"
         assert all(label in (-100, token) for label, token in zip(labels, ids))
@@ -124,13 +126,15 @@ def test_then_the_middle_of_the_question_and_never_the_answer(tokenizer):
     assert parts(tokenizer, labels) == [THOUGHT + END]
     text = tokenizer.decode(ids)
     assert "first words" in text and "last words" in text and " ... " in text
+    chinese = [{"role": "user", "content": "学而时习之，不亦说乎？" * 20}, TALK[2]]  # three tokens a character
+    assert "\ufffd" not in tokenizer.decode(fit(chinese, tokenizer, Encoding(90))[0])
     assert fit(messages, tokenizer, Encoding(25))[0] is None
     assert fit(messages, tokenizer, Encoding(90, overlong="drop"))[0] is None
     with pytest.raises(ValueError, match="exceed max_length=90"):
         fit(messages, tokenizer, Encoding(90, overlong="error"))
 
 
-def test_what_happened_is_counted(tokenizer):
+def test_what_happened_is_counted(tokenizer, monkeypatch):
     rows = [{"messages": TALK[1:3]}, {"messages": [{"role": "user", "content": "of a text " * 90}, TALK[2]]},
             {"messages": [TALK[1], {"role": "assistant", "content": "some " * 300}]}]  # fmt: skip
     found, report = encode_dataset(Dataset.from_list(rows), tokenizer, Encoding(100), "here")
@@ -140,12 +144,17 @@ def test_what_happened_is_counted(tokenizer):
     assert report.tokens == sum(map(len, found["input_ids"]))
     assert report.trained_tokens == sum(label != -100 for labels in found["labels"] for label in labels)
     assert report.lines()[0].startswith("2 examples") and len(report.lines()) == 3
+    again, _ = encode_dataset(Dataset.from_list(rows), tokenizer, Encoding(100), "here")
+    monkeypatch.setattr(sft_data, "_code_version", lambda: "another")
+    newer, _ = encode_dataset(Dataset.from_list(rows), tokenizer, Encoding(100), "here")
+    assert found._fingerprint == again._fingerprint != newer._fingerprint  # what `datasets` finds in its cache
     other, _ = encode_dataset(Dataset.from_list(rows[:1]), tokenizer, Encoding(100), "here")
     assert checksum(found) == checksum(found) != checksum(other)
 
 
 def test_bad_rows_are_named_or_counted(tokenizer):
-    rows = Dataset.from_list([{"messages": TALK[1:3]}, {"messages": [TALK[1], {"role": "assistant", "content": "<think>"}]}])
+    bad = [TALK[1], {"role": "assistant", "content": "<think>"}]
+    rows = Dataset.from_list([{"messages": TALK[1:3]}, {"messages": bad}])
     with pytest.raises(ValueError, match="here, row 1: message 1 .assistant. opens <think> and never closes"):
         encode_dataset(rows, tokenizer, Encoding(100), "here")
     found, report = encode_dataset(rows, tokenizer, Encoding(100, errors="skip"), "here")
@@ -168,6 +177,41 @@ def test_other_spellings_of_a_conversation(tokenizer):
     assert ids == labels and tokenizer.decode(ids).endswith("some text" + END)
 
 
+def test_conversations_as_data_sets_hold_them(tokenizer):
+    pair = TALK[1:3]
+    assert to_messages({"conversations": pair}) == to_messages({"messages": json.dumps(pair)}) == pair
+    assert to_messages({"conversations": [{"from": "user", "value": "a"}, {"from": "bot", "value": "b"}]})[1] == {
+        "role": "assistant", "content": "b"}  # fmt: skip
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert to_messages({"messages": parts}) == [{"role": "user", "content": "ab"}]
+    # A column of structs: every field of any row, at any depth.
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Paris", "day": None}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call], "name": None, "reasoning_content": None}
+    fields = to_messages({"messages": [turn]})[0]
+    assert fields.keys() == {"role", "content", "tool_calls"} and fields["content"] is None
+    assert fields["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+    assert to_messages({"messages": [turn | {"tool_calls": json.dumps(fields["tool_calls"])}]}) == [fields]
+    for name, value, reason in (("messages", ["a"], "a turn must be a mapping"), ("messages", "{", "no JSON"),
+                                ("conversations", {"a": 1}, "conversations must hold a list")):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            to_messages({name: value})
+
+
+def test_declared_tools_that_the_template_leaves_out_are_counted(tokenizer):
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"x": None}}}
+    for tools in ([tool], json.dumps([tool])):
+        ((ids, labels, status),) = encode_row({"messages": TALK[1:3], "tools": tools}, tokenizer, Encoding(500))
+        assert (ids, labels) == encoded(tokenizer, messages=TALK[1:3])[0][:2] and "no place for" in status
+    for tools in ("", [], None):
+        assert encode_row({"messages": TALK[1:3], "tools": tools}, tokenizer, Encoding(500))[0][2] == "kept"
+    other = train_tokenizer([THOUGHT] * 3, 400)
+    other.chat_template = "{{ tools | tojson }}" + other.chat_template
+    ((ids, _, status),) = encode_row({"messages": TALK[1:3], "tools": json.dumps([tool])}, other, Encoding(500))
+    assert status == "kept" and '"name": "look"' in other.decode(ids) and "null" not in other.decode(ids)
+    with pytest.raises(ValueError, match="column tools holds text that is no JSON"):
+        encode_row({"messages": TALK[1:3], "tools": "look"}, tokenizer, Encoding(500))
+
+
 def test_templates_that_train_on_the_wrong_thing(tokenizer):
     other = train_tokenizer([THOUGHT] * 3, 400)
     assert training_template(other) is None
@@ -181,6 +225,10 @@ def test_templates_that_train_on_the_wrong_thing(tokenizer):
     )
     with pytest.raises(ValueError, match="deletes the reasoning"):
         training_template(other)
+    other.chat_template = tokenizer.chat_template.replace("past_reasoning == 'keep' or", "")
+    assert training_template(other) is None
+    with pytest.raises(ValueError, match="under multi_turn=keep .* of 2 answers .*, or multi_turn=split"):
+        training_template(other, "keep")
 
 
 def test_reading_files_and_folders(tmp_path):
@@ -194,6 +242,15 @@ def test_reading_files_and_folders(tmp_path):
     train, held_out = hold_out(read_splits(str(tmp_path / "train.jsonl"))[0], 0.3, seed=0)
     assert len(train) + len(held_out) == 40 and 0 < len(held_out) < 40
     assert not set(train["key"]) & set(held_out["key"])  # by problem, not by row
+    # The same system prompt before every question does not make them one question.
+    rows = [{"messages": [TALK[0], {"role": "user", "content": str(i // 2)}, TALK[2]]} for i in range(200)]
+    sides = [{row["messages"][1]["content"] for row in part} for part in hold_out(Dataset.from_list(rows), 0.3, seed=0)]
+    assert not sides[0] & sides[1] and 15 < len(sides[1]) < 45
+    for text, reason in (("", "it is empty"), ('{"messages": [', "cannot be read as json")):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "train.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            read_splits(str(tmp_path / "broken"))
     with pytest.raises(FileNotFoundError, match="data_scripts.prepare_sft"):
         read_splits("data/sft_missing")
     (tmp_path / "train.jsonl").rename(tmp_path / "other.jsonl")

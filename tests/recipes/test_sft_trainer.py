@@ -4,7 +4,17 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 from data_scripts.train_tokenizer import train_tokenizer
@@ -77,7 +87,8 @@ def test_the_loss_is_the_models_own(tmp_path, tokenizer, packing, smoothing):
 
 def test_packed_rows_are_their_examples(tmp_path, tokenizer):
     """The same loss and expert counts as each example alone; the filling counts nowhere."""
-    trainer = build(tmp_path, tokenizer, packing=True, per_device_train_batch_size=2, callbacks=[ExpertBalanceCallback()])
+    changes = {"packing": True, "per_device_train_batch_size": 2}
+    trainer = build(tmp_path, tokenizer, callbacks=[ExpertBalanceCallback()], **changes)
     model = trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == 2 and not batch["token_mask"].all()
@@ -141,8 +152,9 @@ def test_the_step_does_not_depend_on_its_micro_batches(tmp_path, tokenizer, rows
 
 def test_held_out_loss_is_the_mean_over_tokens(tmp_path, tokenizer):
     values = []
-    for size in (1, 3, 7):
-        trainer = build(tmp_path, tokenizer, per_device_eval_batch_size=size, label_smoothing_factor=0.1)
+    for size, packing in ((1, {}), (3, {"packing": True}), (7, {"packing": True, "eval_packing": False})):
+        changes = packing | {"per_device_eval_batch_size": size, "label_smoothing_factor": 0.1}
+        trainer = build(tmp_path, tokenizer, **changes)
         values.append(trainer.evaluate())
     nats = tokens = right = 0
     for row in examples(7, seed=1):
@@ -180,7 +192,33 @@ def test_other_models_train_too(tmp_path, tokenizer):
     assert "mfu" not in trainer.state.log_history[-2] and trainer.label_smoother is not None
 
 
+def test_packed_rows_of_other_models(tmp_path, tokenizer):
+    """Learned positions up to max_length and not beyond; the filling is counted nowhere."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(n_positions=40, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    trainer = build(tmp_path, tokenizer, GPT2LMHeadModel(config), packing=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = trainer.train_dataset.select(range(4))["input_ids"]
+    assert trainer.count_tokens(batch) == sum(map(len, rows)) < batch["input_ids"].numel()
+    assert "token_mask" in batch and "token_mask" not in trainer._prepare_inputs(dict(batch))
+    trainer.train()
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="in a bloom model the examples of a row see each other"):
+        build(tmp_path, tokenizer, model, packing=True)  # it finds positions by the attention mask alone
+
+
+def test_what_a_trainer_refuses(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="loss_type=dft has no multi-token-prediction loss; set mtp_loss_coef=0"):
+        build(tmp_path, tokenizer, loss_type="dft")
+    with pytest.raises(ValueError, match="12 rows of examples fill no batch: .* is 13; lower it"):
+        build(tmp_path, tokenizer, per_device_train_batch_size=13)
+    build(tmp_path, tokenizer, per_device_train_batch_size=13, dataloader_drop_last=False).train()
+
+
 @pytest.mark.parametrize("field, value, reason", [
+    ("chat_template_path", "a.jinja", "no effect here; leave it out and use chat_template"),
+    ("completion_only_loss", True, "use assistant_only_loss"), ("padding_free", True, "needs packing=true"),
+    ("eval_packing", True, "needs packing=true"), ("fp16", True, "fp16=true needs a GPU"),
     ("multi_turn", "all", "must be one of split, last, keep"), ("overlong", "cut", "must be one of shorten"),
     ("weights_dtype", "float16", "must be float32 or bfloat16"), ("max_length", None, "at least 8"),
     ("lora_groups", ["atention"], "known groups are attention"), ("load_in_4bit", True, "set lora_rank"),
@@ -189,6 +227,7 @@ def test_other_models_train_too(tmp_path, tokenizer):
 ])  # fmt: skip
 def test_settings_that_cannot_work(tmp_path, field, value, reason):
     fields = {"model_name_or_path": "a", "dataset_name": "b", "output_dir": str(tmp_path), "use_cpu": True}
+    fields |= {"packing": "packing" not in field and field != "padding_free"}
     with pytest.raises(ValueError, match=reason):
         SFTRecipeConfig(**(fields | {field: value}))
 
