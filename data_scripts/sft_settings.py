@@ -12,8 +12,8 @@ from data_scripts.sources import identity
 from data_scripts.traces import BACKTRACK_SHARE, CHECK_SHARE, VOICE_SHARES
 from recipes import task_base
 
-# Tasks of `tiny`: few distinct tokens, small sums and products, almost one voice. A model of 3 M parameters gets about a
-# third of them right after 1 M tokens; spelling, sorting and filtering, which copy words and larger numbers from the
+# Tasks of `tiny`: few distinct tokens, small sums and products, almost one voice. A model of 3 M parameters gets about
+# a third of them right after 1 M tokens; spelling, sorting and filtering, which copy words and larger numbers from the
 # question, stay under 10 % there and begin at about 10 M tokens (benchmarks/LOG.md).
 SIZES = {
     "tiny": {"tasks": "simple_equations:1,leg_counting:1",

