@@ -46,7 +46,8 @@ def _as_message(turn):
         content = "".join(part.get("text", "") for part in content)
     if "tool_calls" in fields:
         fields["tool_calls"] = read_json(fields["tool_calls"], "tool_calls")
-    return {"role": ROLE_NAMES.get(role, role), "content": content, **fields}
+    role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": content, **fields}
 
 
 def as_messages(turns, name="messages"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.conversations import check_conversation, drop_oldest_turn, split_reasoning, split_turns
+from recipes.conversations import as_messages, check_conversation, drop_oldest_turn, split_reasoning, split_turns
 
 
 def chat(*contents, system=None):
@@ -48,6 +48,11 @@ def test_good_conversations_pass(messages):
 def test_bad_conversations_say_what_is_wrong(messages, reason):
     with pytest.raises(ValueError, match=reason):
         check_conversation(messages)
+
+
+def test_a_role_that_is_no_text():
+    with pytest.raises(ValueError, match="has role"):
+        check_conversation(as_messages([{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}]))
 
 
 def test_reasoning_and_answer():
