@@ -33,4 +33,7 @@ def test_all_stages_make_one_report(tmp_path):
     for stage in ("pretrain", "sft"):
         assert json.loads((tmp_path / stage / "eval.json").read_text()) == found["results"][stage]
         assert (tmp_path / stage / "report.html").is_file()
-    assert quickstart.main(few)["results"]["sft"]["tasks"] == found["results"]["sft"]["tasks"]  # nothing is done twice
+    first, again = found["results"]["sft"]["tasks"], quickstart.main(few)["results"]["sft"]["tasks"]
+    for stage in ("before", "after"):  # nothing is done twice
+        assert again[stage]["tasks"] == first[stage]["tasks"]
+        assert again[stage]["timing"]["resumed"] == 4 and again[stage]["timing"]["tokens"] == 0
