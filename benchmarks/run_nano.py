@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from recipes.eval_scores import macro_average
 from recipes.eval_tables import aligned, with_interval
 from recipes.logging_callbacks import read_metrics
 
@@ -39,8 +40,8 @@ def run(folder, stages):
              "--resume_from_checkpoint", "auto")
 
 
-def figures(folder):
-    """The quoted figures of the stages that are there, as text."""
+def figures(folder, leave_out=()):
+    """The quoted figures of the stages that are there, as text; tasks in `leave_out` are not in the mean."""
     parts = []
     for stage in STAGES[1:]:
         path = folder / stage
@@ -48,8 +49,8 @@ def figures(folder):
             continue
         result = json.loads((path / "eval.json").read_text())
         records = [record for record in read_metrics(path / "metrics.jsonl") if record["kind"] == "train"]
-        seconds = sum(r["step_seconds"] * (r["step"] - before["step"]) for before, r in zip([{"step": 0}, *records], records)
-                      if r.get("step_seconds"))
+        pairs = zip([{"step": 0}, *records], records)
+        seconds = sum(r["step_seconds"] * (r["step"] - last["step"]) for last, r in pairs if r.get("step_seconds"))
         speeds = sorted(record["tok/s"] for record in records if record.get("tok/s"))
         parts.append(f"{stage}: {sum(r['tokens'] for r in records):,} tokens in {seconds:.0f} s of training, median "
                      f"{speeds[len(speeds) // 2]:,.0f} tokens/s")
@@ -59,8 +60,9 @@ def figures(folder):
             before, after = result["tasks"]["before"], result["tasks"]["after"]
             rows = [[name, with_interval(before["tasks"][name]["pass@1"]), with_interval(task["pass@1"]),
                      f"{task['tokens']['mean']:.0f}"] for name, task in after["tasks"].items()]
-            rows.append(["mean of tasks", with_interval(before["overall"]["pass@1"]),
-                         with_interval(after["overall"]["pass@1"]), f"{after['overall']['tokens']['mean']:.0f}"])
+            counted = [name for name in after["tasks"] if name not in leave_out]
+            means = (macro_average([stage["tasks"][name]["pass@1"] for name in counted]) for stage in (before, after))
+            rows.append([f"mean of {len(counted)} tasks", *map(with_interval, means), ""])
             parts.append(aligned(["pass@1 %", "before", "after", "tokens"], rows))
     return "\n".join(parts)
 
@@ -69,10 +71,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/nano"))
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--leave_out", nargs="*", default=(), help="tasks that the mean does not count")
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve()
     run(folder, args.stages)
-    print(figures(folder))
+    print(figures(folder, args.leave_out))
 
 
 if __name__ == "__main__":
