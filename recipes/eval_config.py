@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from recipes.evaluation import EvaluationSettings
+from recipes.run_settings import setting
 from recipes.sampling import SamplingSettings
-
-
-def _setting(default, text):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -17,60 +14,60 @@ class EvalConfig:
     """Raises ValueError for settings that cannot work, naming the field, its value and the way out."""
 
     # -- the model
-    model_name_or_path: str | None = _setting(None, "Folder or Hub name of any causal language model.")
-    revision: str | None = _setting(None, "Branch, tag or commit on the Hub.")
-    adapter: str | None = _setting(None, "PEFT adapter (folder or Hub name) put on the model.")
-    gguf_file: str | None = _setting(None, "Name of a GGUF file in the folder (needs the package gguf).")
-    tokenizer_name_or_path: str | None = _setting(None, "Folder or Hub name of the tokenizer. Default: the model's.")
-    chat_template: str | None = _setting(
+    model_name_or_path: str | None = setting(None, "Folder or Hub name of any causal language model.")
+    revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
+    adapter: str | None = setting(None, "PEFT adapter (folder or Hub name) put on the model.")
+    gguf_file: str | None = setting(None, "Name of a GGUF file in the folder (needs the package gguf).")
+    tokenizer_name_or_path: str | None = setting(None, "Folder or Hub name of the tokenizer. Default: the model's.")
+    chat_template: str | None = setting(
         None, "deepseek_r1, deepseek_r1_zero or a .jinja file, instead of the tokenizer's own template."
     )
-    trust_remote_code: bool = _setting(False, "Run the code that a model folder brings.")
-    dtype: str = _setting(
+    trust_remote_code: bool = setting(False, "Run the code that a model folder brings.")
+    dtype: str = setting(
         "auto",
         "float32, bfloat16, float16 or auto: float32 on a CPU, bfloat16 on a GPU that has it. Results are promised to "
         "be the same for any batch size in float32 only.",
     )
-    use_cpu: bool = _setting(False, "Stay on the CPU although there is a GPU.")
+    use_cpu: bool = setting(False, "Stay on the CPU although there is a GPU.")
     # -- verified tasks
     tasks: list[str] = field(
         default_factory=list,
         metadata={"help": "Names of recipes/tasks.py, with difficulties if wanted: chain_sum gcd:1-3 mathematics:2."},
     )
-    split: str = _setting("test", "Problems of the test split, or of train.")
-    problems: int = _setting(100, "Problems of each task, shared evenly by its difficulties.")
-    problem_seed: int = _setting(0, "Chooses the problems: the same for all models that are to be compared.")
+    split: str = setting("test", "Problems of the test split, or of train.")
+    problems: int = setting(100, "Problems of each task, shared evenly by its difficulties.")
+    problem_seed: int = setting(0, "Chooses the problems: the same for all models that are to be compared.")
     difficulties: list[int] = field(
         default_factory=list,
         metadata={"help": "For tasks named without difficulties. Default: all that a task has."},
     )
-    tasks_folder: str | None = _setting(None, "Where fetched tasks have their files. Default: data/tasks.")
-    prompt_format: str = _setting(
+    tasks_folder: str | None = setting(None, "Where fetched tasks have their files. Default: data/tasks.")
+    prompt_format: str = setting(
         "chat", "chat: the tokenizer's template. plain: 'Question: ... Answer:', for base models."
     )
-    system_prompt: str | None = _setting(None, "System message, in front of each problem.")
-    thinking: bool = _setting(True, "Ask the template for a prompt that ends inside <think>, if it can.")
-    strict: bool = _setting(True, "An answer in a wrong format is wrong. The lenient accuracy is reported beside it.")
+    system_prompt: str | None = setting(None, "System message, in front of each problem.")
+    thinking: bool = setting(True, "Ask the template for a prompt that ends inside <think>, if it can.")
+    strict: bool = setting(True, "An answer in a wrong format is wrong. The lenient accuracy is reported beside it.")
     # -- sampling
-    samples: int = _setting(1, "Completions of each problem; more than one needs a temperature.")
-    temperature: float = _setting(0.0, "0: greedy. DeepSeek-R1 is evaluated at 0.6 (arXiv:2501.12948, Sec. 3).")
-    top_p: float = _setting(1.0, "Share of the distribution kept. DeepSeek-R1: 0.95 (ibid.).")
-    top_k: int = _setting(0, "Tokens kept, 0: all.")
-    max_new_tokens: int = _setting(512, "Longest completion in tokens; less where the model's context is full before.")
-    seed: int = _setting(0, "Of the sampling: another seed, other samples.")
-    batch_size: int = _setting(32, "Completions at a time on each process; halved when memory does not suffice.")
+    samples: int = setting(1, "Completions of each problem; more than one needs a temperature.")
+    temperature: float = setting(0.0, "0: greedy. DeepSeek-R1 is evaluated at 0.6 (arXiv:2501.12948, Sec. 3).")
+    top_p: float = setting(1.0, "Share of the distribution kept. DeepSeek-R1: 0.95 (ibid.).")
+    top_k: int = setting(0, "Tokens kept, 0: all.")
+    max_new_tokens: int = setting(512, "Longest completion in tokens; less where the model's context is full before.")
+    seed: int = setting(0, "Of the sampling: another seed, other samples.")
+    batch_size: int = setting(32, "Completions at a time on each process; halved when memory does not suffice.")
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
     # -- held-out text
-    text_dataset: str | None = _setting(None, "Packed folder, text files or Hub name: perplexity and bits per byte.")
-    text_column: str = _setting("text", "Column that holds a document's text.")
-    text_window: int | None = _setting(None, "Tokens seen at once. Default: the model's context, at most 2048.")
-    text_batch_size: int = _setting(8, "Windows at a time on each process.")
-    max_text_bytes: int | None = _setting(None, "Leading documents up to about this many bytes. Default: all.")
+    text_dataset: str | None = setting(None, "Packed folder, text files or Hub name: perplexity and bits per byte.")
+    text_column: str = setting("text", "Column that holds a document's text.")
+    text_window: int | None = setting(None, "Tokens seen at once. Default: the model's context, at most 2048.")
+    text_batch_size: int = setting(8, "Windows at a time on each process.")
+    max_text_bytes: int | None = setting(None, "Leading documents up to about this many bytes. Default: all.")
     # -- results
-    name: str | None = _setting(None, "The model's name in tables. Default: the last part of its path.")
-    output_dir: str | None = _setting(None, "Gets eval.json, report.html and completions.jsonl; resumes from the last.")
-    overwrite_output_dir: bool = _setting(False, "Drop the completions that are there and start afresh.")
-    disable_tqdm: bool = _setting(False, "No progress bar.")
+    name: str | None = setting(None, "The model's name in tables. Default: the last part of its path.")
+    output_dir: str | None = setting(None, "Gets eval.json, report.html and completions.jsonl; resumes from the last.")
+    overwrite_output_dir: bool = setting(False, "Drop the completions that are there and start afresh.")
+    disable_tqdm: bool = setting(False, "No progress bar.")
     compare: list[str] = field(
         default_factory=list,
         metadata={"help": "eval.json files to put side by side, instead of an evaluation; the first is the base."},

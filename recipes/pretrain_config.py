@@ -10,18 +10,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from transformers import CONFIG_MAPPING, TrainingArguments
 from trl import TrlParser
 
-
-def _setting(default, text):
-    return field(default=default, metadata={"help": text})
+from recipes.run_settings import RunSettings, setting
 
 
 @dataclass
-class PretrainConfig(TrainingArguments):
+class PretrainConfig(RunSettings, TrainingArguments):
     """Everything of `transformers.TrainingArguments`, with the defaults of the DeepSeek papers, and the fields below.
 
     Raises:
@@ -31,90 +28,52 @@ class PretrainConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_config"]
 
     # -- model
-    model_config: dict | str | None = _setting(
+    model_config: dict | str | None = setting(
         None,
         "Sizes of a new model, as fields of DeepSeekR1Config (YAML mapping or JSON). Single values also as "
         "--model_config.hidden_size 256. Beside model_name_or_path they override the loaded config.",
     )
-    model_name_or_path: str | None = _setting(
+    model_name_or_path: str | None = setting(
         None, "Continue from these weights: a folder or Hub name, deepseek_r1 or deepseek_v3 layout."
     )
-    weights_dtype: str = _setting(
-        "float32",
-        "float32 (master weights; bf16 or fp16 compute through bf16/fp16) or bfloat16 (pure, half the memory).",
-    )
-    tokenizer_name_or_path: str | None = _setting(
+    tokenizer_name_or_path: str | None = setting(
         None, "Folder or Hub name of the tokenizer. Default: that of a packed data set, else model_name_or_path."
     )
     # -- data
-    dataset_name: str | None = _setting(None, "Hub name, folder, .jsonl or text file of training documents.")
-    errors: str = _setting("strict", "Unreadable files and lines: strict stops, skip leaves them out and counts them.")
-    text_column: str = _setting("text", "Column that holds a document's text.")
-    sequence_length: int = _setting(2048, "Tokens in a packed training row.")
-    streaming: bool = _setting(False, "Read the data set as a stream (needs max_steps or max_train_tokens).")
-    validation_fraction: float = _setting(0.02, "Share of the documents held out where the data set has no split.")
-    max_validation_tokens: int | None = _setting(None, "Evaluate on this many held-out tokens at most. Default: all.")
+    dataset_name: str | None = setting(None, "Hub name, folder, .jsonl or text file of training documents.")
+    errors: str = setting("strict", "Unreadable files and lines: strict stops, skip leaves them out and counts them.")
+    text_column: str = setting("text", "Column that holds a document's text.")
+    sequence_length: int = setting(2048, "Tokens in a packed training row.")
+    streaming: bool = setting(False, "Read the data set as a stream (needs max_steps or max_train_tokens).")
+    validation_fraction: float = setting(0.02, "Share of the documents held out where the data set has no split.")
+    max_validation_tokens: int | None = setting(None, "Evaluate on this many held-out tokens at most. Default: all.")
     # -- length
-    max_train_tokens: int | None = _setting(None, "Train on this many tokens; sets max_steps, exclusive with it.")
+    max_train_tokens: int | None = setting(None, "Train on this many tokens; sets max_steps, exclusive with it.")
     # -- optimisation: AdamW as in DeepSeek-V3 (arXiv:2412.19437), Sec. 4.2
-    adam_beta2: float = _setting(0.95, "Beta2 of AdamW (DeepSeek-V3, Sec. 4.2).")
-    weight_decay: float = _setting(0.1, "Weight decay (DeepSeek-V3, Sec. 4.2); never on norms and biases.")
-    lr_scheduler_type: str = _setting(
+    adam_beta2: float = setting(0.95, "Beta2 of AdamW (DeepSeek-V3, Sec. 4.2).")
+    weight_decay: float = setting(0.1, "Weight decay (DeepSeek-V3, Sec. 4.2); never on norms and biases.")
+    lr_scheduler_type: str = setting(
         "cosine",
         "warmup_stable_decay, cosine, cosine_with_min_lr, cosine_with_restarts, reduce_lr_on_plateau, constant, ...; "
         "their settings go in lr_scheduler_kwargs.",
     )
-    label_smoothing_factor: float = _setting(
-        0.0, "Label smoothing inside the model's own loss (its config field label_smoothing)."
-    )
-    ema_decay: float = _setting(0.0, "Average the weights with this decay (0: off), e.g. 0.999.")
-    bf16: bool | None = _setting(
-        None, "bf16 compute with fp32 weights. Default: where the GPU has bf16 and fp16 is off."
-    )
-    ddp_find_unused_parameters: bool | None = _setting(False, "Not needed: what gets no gradient is frozen.")
+    ema_decay: float = setting(0.0, "Average the weights with this decay (0: off), e.g. 0.999.")
     # -- logs, samples, checkpoints
-    output_dir: str | None = _setting(None, "Run folder: config.yaml, metrics.jsonl, checkpoints, model, report.html.")
-    logging_steps: float = _setting(10, "Log every so many optimizer steps.")
-    dataloader_drop_last: bool = _setting(
-        True, "Leave out the few rows at the end of an epoch that fill no batch: they would be a noisy step."
-    )
-    logging_nan_inf_filter: bool = _setting(False, "Hide NaN losses from the log. Off: a run with a NaN loss stops.")
-    metric_for_best_model: str | None = _setting("bits_per_byte", "What load_best_model_at_end and a plateau look at.")
-    greater_is_better: bool | None = _setting(False, "Whether a larger metric_for_best_model is better.")
-    max_shard_size: str | None = _setting(
-        None, "Largest weight file of a checkpoint, e.g. 2GB. Default: the library's."
-    )
+    logging_steps: float = setting(10, "Log every so many optimizer steps.")
+    metric_for_best_model: str | None = setting("bits_per_byte", "What load_best_model_at_end and a plateau look at.")
+    greater_is_better: bool | None = setting(False, "Whether a larger metric_for_best_model is better.")
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Prompts that the model continues now and then, for the eye."}
     )
-    sample_steps: int = _setting(0, "Write samples every so many steps (0: only at the end).")
-    sample_tokens: int = _setting(64, "New tokens in a sample.")
-    timing_warmup_steps: int = _setting(3, "First steps of a process that tokens/s and MFU leave out.")
-    device_peak_tflops: float | None = _setting(
-        None, "Peak of one device for MFU. Default: by its name; CPU: measured."
-    )
+    sample_steps: int = setting(0, "Write samples every so many steps (0: only at the end).")
+    sample_tokens: int = setting(64, "New tokens in a sample.")
     # -- what to do
-    resume_from_checkpoint: str | None = _setting(
-        None, "true: newest complete checkpoint of output_dir; auto: that or a fresh start; or a checkpoint folder."
-    )
-    allow_config_change: bool = _setting(False, "Resume although settings that shape the run have changed.")
-    overwrite_output_dir: bool = _setting(False, "Start afresh in an output_dir with checkpoints, deleting them.")
-    dry_run: bool = _setting(False, "Print parameters, FLOPs, memory and expected time, then stop.")
-    assumed_mfu: float = _setting(
+    dry_run: bool = setting(False, "Print parameters, FLOPs, memory and expected time, then stop.")
+    assumed_mfu: float = setting(
         0.2, "Share of the device's peak that --dry_run assumes (transformers' own DeepseekV3, bf16, H100: 0.20)."
     )
 
     def __post_init__(self):
-        if self.weights_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"weights_dtype={self.weights_dtype!r} must be float32 or bfloat16")
-        if self.weights_dtype == "bfloat16":
-            self.bf16 = False  # nothing is left to cast
-        if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
         self.remove_unused_columns = False  # the collator needs the columns that the model does not
         super().__post_init__()
         self._check_model()

@@ -7,6 +7,7 @@ from trl import SFTConfig
 
 from recipes.adapters import LORA_GROUPS
 from recipes.evaluation import EvaluationSettings
+from recipes.run_settings import RunSettings, setting
 from recipes.sampling import SamplingSettings
 from recipes.sft_data import MULTI_TURN, OVERLONG
 
@@ -18,12 +19,8 @@ REPLACED = {
 }  # fmt: skip
 
 
-def _setting(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class SFTRecipeConfig(SFTConfig):
+class SFTRecipeConfig(RunSettings, SFTConfig):
     """Everything of `trl.SFTConfig`, and the fields below.
 
     Raises:
@@ -31,24 +28,23 @@ class SFTRecipeConfig(SFTConfig):
     """
 
     # -- model
-    model_name_or_path: str | None = _setting(
+    model_name_or_path: str | None = setting(
         None, "Weights to start from: a folder or Hub name; deepseek_r1, deepseek_v3 or any causal LM."
     )
-    tokenizer_name_or_path: str | None = _setting(None, "Tokenizer. Default: that of model_name_or_path.")
-    weights_dtype: str = _setting("float32", "float32 (bf16 or fp16 compute through bf16/fp16) or bfloat16 (pure).")
-    chat_template: str | None = _setting(
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer. Default: that of model_name_or_path.")
+    chat_template: str | None = setting(
         None,
         "deepseek_r1, deepseek_r1_zero or a .jinja file; it is saved with the tokenizer. Default: the tokenizer's own.",
     )
-    mtp_loss_coef: float | None = _setting(
+    mtp_loss_coef: float | None = setting(
         None, "Weight of the multi-token-prediction loss. Default: the model's own; 0 freezes these layers."
     )
-    seq_aux_loss_alpha: float | None = _setting(None, "Weight of the balance loss. Default: the model's own.")
-    bias_update_speed: float | None = _setting(None, "Step of the routing biases. Default: the model's own.")
+    seq_aux_loss_alpha: float | None = setting(None, "Weight of the balance loss. Default: the model's own.")
+    bias_update_speed: float | None = setting(None, "Step of the routing biases. Default: the model's own.")
     # -- adapters
-    lora_rank: int = _setting(0, "Rank of LoRA adapters (arXiv:2106.09685); 0 trains all weights.")
-    lora_alpha: float | None = _setting(None, "LoRA's scale is lora_alpha / lora_rank. Default: twice the rank.")
-    lora_dropout: float = _setting(0.0, "Dropout on the adapters' input; 0 where routed experts are adapted.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters (arXiv:2106.09685); 0 trains all weights.")
+    lora_alpha: float | None = setting(None, "LoRA's scale is lora_alpha / lora_rank. Default: twice the rank.")
+    lora_dropout: float = setting(0.0, "Dropout on the adapters' input; 0 where routed experts are adapted.")
     lora_groups: list[str] = field(
         default_factory=lambda: ["attention", "shared_experts", "dense_mlp"],
         metadata={"help": f"What is adapted in a DeepSeek model: {', '.join(LORA_GROUPS)}."},
@@ -56,76 +52,44 @@ class SFTRecipeConfig(SFTConfig):
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of linear layers to adapt, or all-linear, for other models."}
     )
-    merge_adapter: bool | None = _setting(
+    merge_adapter: bool | None = setting(
         None, "Also save the model with the adapter merged in, in output_dir/merged. Default: unless it is quantised."
     )
-    load_in_4bit: bool = _setting(False, "Frozen linear layers in 4-bit NF4 (needs LoRA, a GPU and bitsandbytes).")
-    load_in_8bit: bool = _setting(False, "Frozen linear layers in 8-bit (needs LoRA, a GPU and bitsandbytes).")
+    load_in_4bit: bool = setting(False, "Frozen linear layers in 4-bit NF4 (needs LoRA, a GPU and bitsandbytes).")
+    load_in_8bit: bool = setting(False, "Frozen linear layers in 8-bit (needs LoRA, a GPU and bitsandbytes).")
     # -- data
-    dataset_name: str | None = _setting(
+    dataset_name: str | None = setting(
         None, "Folder with train.jsonl (and test.jsonl), a .jsonl or .parquet file, or a Hub name[:configuration]."
     )
-    validation_fraction: float = _setting(0.02, "Share of the problems held out where the data set has no test split.")
-    max_length: int | None = _setting(1024, "Tokens of an example, and of a packed row.")
-    multi_turn: str = _setting("split", f"Conversations of several turns: {', '.join(MULTI_TURN)}; see sft_data.py.")
-    overlong: str = _setting("shorten", f"Examples longer than max_length: {', '.join(OVERLONG)}; see sft_data.py.")
-    errors: str = _setting("strict", "Bad conversations: strict stops at the first, skip leaves them out and counts.")
-    assistant_only_loss: bool = _setting(True, "Train on reasoning, answer and end token only.")
-    packing: bool = _setting(
+    validation_fraction: float = setting(0.02, "Share of the problems held out where the data set has no test split.")
+    max_length: int | None = setting(1024, "Tokens of an example, and of a packed row.")
+    multi_turn: str = setting("split", f"Conversations of several turns: {', '.join(MULTI_TURN)}; see sft_data.py.")
+    overlong: str = setting("shorten", f"Examples longer than max_length: {', '.join(OVERLONG)}; see sft_data.py.")
+    errors: str = setting("strict", "Bad conversations: strict stops at the first, skip leaves them out and counts.")
+    assistant_only_loss: bool = setting(True, "Train on reasoning, answer and end token only.")
+    packing: bool = setting(
         True, "Several examples a row, which do not see each other (under packing_strategy wrapped they do)."
     )
     # -- optimisation
-    adam_beta2: float = _setting(0.999, "Beta2 of AdamW.")
-    weight_decay: float = _setting(0.01, "Weight decay; never on norms and biases.")
-    label_smoothing_factor: float = _setting(
-        0.0, "Label smoothing inside the model's own loss (its config field label_smoothing)."
-    )
-    gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass, to save memory.")
-    bf16: bool | None = _setting(
-        None, "bf16 compute with fp32 weights. Default: where the GPU has bf16 and fp16 is off."
-    )
-    ddp_find_unused_parameters: bool | None = _setting(False, "Not needed: what gets no gradient is frozen.")
-    dataloader_drop_last: bool = _setting(True, "Leave out the few rows at the end of an epoch that fill no batch.")
+    adam_beta2: float = setting(0.999, "Beta2 of AdamW.")
+    weight_decay: float = setting(0.01, "Weight decay; never on norms and biases.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass, to save memory.")
     # -- evaluation on tasks, before and after training
     eval_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Tasks of recipes/tasks.py: name or name:levels, e.g. chain_sum:1-2."}
     )
-    eval_tasks_folder: str | None = _setting(None, "Where fetched tasks have their files. Default: data/tasks.")
-    eval_problems: int = _setting(100, "Held-out problems a task.")
-    eval_samples: int = _setting(1, "Answers a problem.")
-    eval_temperature: float = _setting(0.0, "Sampling temperature of the answers; 0 is greedy.")
-    eval_max_new_tokens: int = _setting(256, "Longest answer, reasoning included.")
-    eval_generation_batch_size: int = _setting(64, "Answers generated at a time; halved where memory runs out.")
-    eval_before: bool = _setting(True, "Evaluate the tasks before training too.")
+    eval_tasks_folder: str | None = setting(None, "Where fetched tasks have their files. Default: data/tasks.")
+    eval_problems: int = setting(100, "Held-out problems a task.")
+    eval_samples: int = setting(1, "Answers a problem.")
+    eval_temperature: float = setting(0.0, "Sampling temperature of the answers; 0 is greedy.")
+    eval_max_new_tokens: int = setting(256, "Longest answer, reasoning included.")
+    eval_generation_batch_size: int = setting(64, "Answers generated at a time; halved where memory runs out.")
+    eval_before: bool = setting(True, "Evaluate the tasks before training too.")
     # -- logs, checkpoints
-    output_dir: str | None = _setting(None, "Run folder: config.yaml, metrics.jsonl, checkpoints, model, report.html.")
-    logging_nan_inf_filter: bool = _setting(False, "Hide NaN losses from the log. Off: a run with a NaN loss stops.")
-    max_shard_size: str | None = _setting(
-        None, "Largest weight file of a checkpoint, e.g. 2GB. Default: the library's."
-    )
-    timing_warmup_steps: int = _setting(3, "First steps of a process that tokens/s and MFU leave out.")
-    device_peak_tflops: float | None = _setting(
-        None, "Peak of one device for MFU. Default: by its name; CPU: measured."
-    )
     # -- what to do
-    resume_from_checkpoint: str | None = _setting(
-        None, "true: newest complete checkpoint of output_dir; auto: that or a fresh start; or a checkpoint folder."
-    )
-    allow_config_change: bool = _setting(False, "Resume although settings that shape the run have changed.")
-    overwrite_output_dir: bool = _setting(False, "Start afresh in an output_dir with checkpoints, deleting them.")
-    dry_run: bool = _setting(False, "Print what the data become, then stop.")
+    dry_run: bool = setting(False, "Print what the data become, then stop.")
 
     def __post_init__(self):
-        if self.weights_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"weights_dtype={self.weights_dtype!r} must be float32 or bfloat16")
-        if self.weights_dtype == "bfloat16":
-            self.bf16 = False  # nothing is left to cast
-        if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
         if self.activation_checkpointing is None:  # the field's new name in transformers
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()

@@ -1,0 +1,61 @@
+"""The settings that every stage's config shares: precision, the run folder, resuming."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+def setting(default, text):
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunSettings:
+    """Put before `transformers.TrainingArguments` (or a config of TRL's) in the list of bases.
+
+    Raises:
+        ValueError: for an unknown `weights_dtype`.
+    """
+
+    weights_dtype: str = setting(
+        "float32",
+        "float32 (master weights; bf16 or fp16 compute through bf16/fp16) or bfloat16 (pure, half the memory).",
+    )
+    label_smoothing_factor: float = setting(
+        0.0, "Label smoothing inside the model's own loss (its config field label_smoothing)."
+    )
+    bf16: bool | None = setting(
+        None, "bf16 compute with fp32 weights. Default: where the GPU has bf16 and fp16 is off."
+    )
+    ddp_find_unused_parameters: bool | None = setting(False, "Not needed: what gets no gradient is frozen.")
+    dataloader_drop_last: bool = setting(
+        True, "Leave out the few rows at the end of an epoch that fill no batch: they would be a noisy step."
+    )
+    output_dir: str | None = setting(None, "Run folder: config.yaml, metrics.jsonl, checkpoints, model, report.html.")
+    logging_nan_inf_filter: bool = setting(False, "Hide NaN losses from the log. Off: a run with a NaN loss stops.")
+    max_shard_size: str | None = setting(
+        None, "Largest weight file of a checkpoint, e.g. 2GB. Default: the library's."
+    )
+    timing_warmup_steps: int = setting(3, "First steps of a process that tokens/s and MFU leave out.")
+    device_peak_tflops: float | None = setting(
+        None, "Peak of one device for MFU. Default: by its name; CPU: measured."
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, "true: newest complete checkpoint of output_dir; auto: that or a fresh start; or a checkpoint folder."
+    )
+    allow_config_change: bool = setting(False, "Resume although settings that shape the run have changed.")
+    overwrite_output_dir: bool = setting(False, "Start afresh in an output_dir with checkpoints, deleting them.")
+
+    def __post_init__(self):
+        if self.weights_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"weights_dtype={self.weights_dtype!r} must be float32 or bfloat16")
+        if self.weights_dtype == "bfloat16":
+            self.bf16 = False  # nothing is left to cast
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()  # that of the library's config, next in the order of bases
