@@ -48,10 +48,10 @@ class Rules:
             raise ValueError(f"choose={self.choose!r} must be one of {', '.join(CHOICES)}")
 
 
-def repetition(text):
-    """Share of the windows of NGRAM words, numbers and signs that occurred earlier in the text."""
+def repetition(text, ngram=NGRAM):
+    """Share of the windows of `ngram` words, numbers and signs that occurred earlier in the text."""
     pieces = re.findall(r"\w+|[^\w\s]", text)
-    windows = Counter(tuple(pieces[i:i + NGRAM]) for i in range(len(pieces) - NGRAM + 1))
+    windows = Counter(tuple(pieces[i:i + ngram]) for i in range(len(pieces) - ngram + 1))
     total = sum(windows.values())
     return 1 - len(windows) / total if total else 0.0
 

@@ -34,14 +34,16 @@ def _linear_suffixes(model, groups):
     return [suffix for suffix in wanted if any(name.endswith("." + suffix) for name in names)]
 
 
-def lora_config(model, args):
+def lora_config(model, args, task_type="CAUSAL_LM"):
     """PEFT's config for `lora_groups` (a DeepSeek model) or `lora_target_modules` (any).
+
+    `task_type`: PEFT's; with SEQ_CLS and TOKEN_CLS the head is trained whole.
 
     Raises:
         ValueError: if nothing of the model is named; for dropout on routed experts, which PEFT has not.
     """
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    common = {"r": args.lora_rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM"}
+    common = {"r": args.lora_rank, "lora_alpha": alpha, "task_type": task_type}
     if args.lora_target_modules:
         targets = "all-linear" if args.lora_target_modules == ["all-linear"] else list(args.lora_target_modules)
         return LoraConfig(target_modules=targets, lora_dropout=args.lora_dropout, **common)
@@ -66,9 +68,9 @@ def lora_config(model, args):
     )
 
 
-def add_adapters(model, args):
+def add_adapters(model, args, task_type="CAUSAL_LM"):
     """The model with fresh adapters; prints the share of weights that they adapt and that are trained."""
-    config = lora_config(model, args)
+    config = lora_config(model, args, task_type)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     peft_model = get_peft_model(model, config)
     if hasattr(model, "freeze_mtp") and not model.config.mtp_loss_coef:

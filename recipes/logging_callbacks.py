@@ -29,6 +29,9 @@ NAMES = {
     "next_token_loss": "next-token loss",
     "mtp_loss": "mtp loss",
     "mean_token_accuracy": "token accuracy",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "mean_reward": "mean reward",
     "entropy": "entropy",
     "learning_rate": "lr",
     "grad_norm": "grad",
@@ -38,20 +41,54 @@ NAMES = {
     "step_seconds": "step_seconds",
     "epoch": "epoch",
 }
+# Reinforcement learning; held-out ones have "eval " in front, and each reward's mean is in `rewards`.
+RL_NAMES = {
+    "reward": "reward",
+    "reward_std": "reward std",
+    "kl": "kl",
+    "kl_coef": "kl coef",
+    "policy_loss": "policy loss",
+    "value_loss": "value loss",
+    "ratio": "ratio",
+    "clip_fraction": "clip fraction",
+    "value_clip_fraction": "value clip fraction",
+    "explained_variance": "explained variance",
+    "approx_kl": "approx kl",
+    "completions/mean_length": "length",
+    "completions/clipped_ratio": "cut off",
+    "completions/empty": "empty",
+    "seconds/rollout": "rollout seconds",
+    "seconds/scoring": "scoring seconds",
+    "seconds/update": "update seconds",
+}
 LOAD_PREFIX = "load_max_over_mean_layer_"
 EVAL_NAMES = {
     "eval_loss": "eval loss",
     "eval_bits_per_byte": "bits/byte",
     "eval_token_accuracy": "eval token accuracy",
+    "eval_accuracy": "eval accuracy",
+    "eval_margin": "eval margin",
     "eval_runtime": "eval_seconds",
 }
 EVAL_SOURCE_PREFIX = "eval_bits_per_byte_"
+
+
+def _rl_values(logs, prefix=""):
+    """What a trainer with rewards logs, by our names; `prefix`: "eval_" of an evaluation."""
+    word = prefix.replace("_", " ")
+    found = {word + ours: logs[prefix + name] for name, ours in RL_NAMES.items() if logs.get(prefix + name) is not None}
+    start, end = f"{prefix}rewards/", "/mean"
+    rewards = {name: logs[name] for name in logs if name.startswith(start) and name.endswith(end)}
+    if rewards:
+        found[f"{word}rewards"] = {name[len(start) : -len(end)]: value for name, value in rewards.items()}
+    return found
 
 
 def train_record(step, logs, eta_seconds=None):
     """The trainer's names -> those of the console and the file, in fixed order."""
     record = {"kind": "train", "step": step}
     record |= {ours: logs[theirs] for theirs, ours in NAMES.items() if theirs in logs}
+    record |= _rl_values(logs)
     load = {int(name[len(LOAD_PREFIX) :]): value for name, value in logs.items() if name.startswith(LOAD_PREFIX)}
     if load:
         record["load max/mean"] = max(load.values())
@@ -64,6 +101,7 @@ def train_record(step, logs, eta_seconds=None):
 def eval_record(step, logs):
     record = {"kind": "eval", "step": step}
     record |= {ours: logs[theirs] for theirs, ours in EVAL_NAMES.items() if theirs in logs}
+    record |= _rl_values(logs, "eval_")
     sources = [name for name in logs if name.startswith(EVAL_SOURCE_PREFIX)]
     if sources:
         record["bits/byte per source"] = {name[len(EVAL_SOURCE_PREFIX) :]: logs[name] for name in sources}
@@ -73,17 +111,26 @@ def eval_record(step, logs):
 def console_line(record, max_steps):
     """`step  120/500 | loss 3.412 | lr 3.0e-04 | grad 0.92 | tok/s 41,200 | load max/mean 1.31 | eta 4m`"""
     formats = {
+        "reward": "{:.3f}",
+        "kl": "{:.4f}",
+        "length": "{:.0f}",
+        "cut off": "{:.1%}",
         "loss": "{:.3f}",
         "mtp loss": "{:.3f}",
         "token accuracy": "{:.3f}",
+        "accuracy": "{:.3f}",
+        "margin": "{:.2f}",
         "lr": "{:.1e}",
         "grad": "{:.2f}",
         "tok/s": "{:,.0f}",
         "mfu": "{:.1%}",
         "load max/mean": "{:.2f}",
+        "eval reward": "{:.3f}",
         "eval loss": "{:.3f}",
         "bits/byte": "{:.3f}",
         "eval token accuracy": "{:.3f}",
+        "eval accuracy": "{:.3f}",
+        "eval margin": "{:.2f}",
     }
     word = "eval" if record["kind"] == "eval" else "step"
     width = len(str(max_steps))

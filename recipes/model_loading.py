@@ -135,9 +135,10 @@ INIT_KWARGS = {
 }  # fmt: skip
 
 
-def load_causal_lm(args, tokenizer, quantization_config=None):
+def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoModelForCausalLM, **config_changes):
     """Any causal LM of `model_name_or_path`, in `weights_dtype`; deepseek_v2/v3 folders become deepseek_r1 models.
 
+    `auto_class`: for another head on it; `config_changes`: fields of its config, such as num_labels.
     MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
     Raises:
         ValueError: for settings of DeepSeek models on another one; for a vocabulary smaller than the tokenizer; for
@@ -147,11 +148,11 @@ def load_causal_lm(args, tokenizer, quantization_config=None):
     for taken, field in INIT_KWARGS.items():
         if taken in kwargs:
             raise ValueError(f"model_init_kwargs holds {taken!r}, which {field} sets; take it out there")
-    found = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    found = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **config_changes)
     names = ("mtp_loss_coef", "seq_aux_loss_alpha", "bias_update_speed")
-    overrides = {field: getattr(args, field) for field in names if getattr(args, field) is not None}
+    overrides = {field: getattr(args, field) for field in names if getattr(args, field, None) is not None}
     if found.model_type in DEEPSEEK_TYPES:
-        config = CONFIG_MAPPING["deepseek_r1"].from_pretrained(name, **overrides)
+        config = CONFIG_MAPPING["deepseek_r1"].from_pretrained(name, **overrides, **config_changes)
         if overrides.get("mtp_loss_coef") and not config.num_nextn_predict_layers:
             raise ValueError(
                 f"mtp_loss_coef={args.mtp_loss_coef}: {name} has no multi-token-prediction layers; leave it unset"
@@ -164,7 +165,7 @@ def load_causal_lm(args, tokenizer, quantization_config=None):
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and (getattr(args, "max_length", None) or 0) > context:
         raise ValueError(f"max_length={args.max_length} exceeds the context of {name} ({context} tokens); lower it")
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class.from_pretrained(
         name, config=config, dtype=getattr(torch, args.weights_dtype), quantization_config=quantization_config,
         trust_remote_code=args.trust_remote_code, **kwargs,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The main job, small, on a CPU in about ten minutes: data -> pretraining -> fine-tuning -> evaluation -> one report.
+"""The main job, small, on a CPU in about ten minutes: data -> pretraining -> fine-tuning -> reward model -> PPO ->
+evaluation -> one report.
 
-    python recipes/quickstart.py [--output_dir runs/quickstart] [--pretrain.max_steps 100] [--sft.learning_rate 1e-3]
+    python recipes/quickstart.py [--output_dir runs/quickstart] [--pretrain.max_steps 100] [--ppo.learning_rate 1e-4]
 
 Everything is made on the spot and without a network: the data from what this repository, Python and reasoning-gym bring
 (`data_scripts/README.md`), the model by `recipes/configs/*_tiny.yaml`; further keys, with their stage's name in front,
@@ -17,18 +18,32 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # launched as a script: recipes/ is first on the path and shadows packages
     sys.path[0] = str(ROOT)
 
-from data_scripts import prepare_pretraining, prepare_sft
-from recipes import pretrain, sft
+from data_scripts import prepare_preferences, prepare_pretraining, prepare_prompts, prepare_sft
+from recipes import ppo, pretrain, reward, sft
 from recipes.checkpoint_files import write_atomically
 from recipes.eval_report import before_and_after
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
+from recipes.ppo_config import PPORecipeConfig
+from recipes.ppo_plots import reward_plot
 from recipes.pretrain_config import PretrainConfig, parse_config
 from recipes.report_page import facts_table, page
 from recipes.reporting import result_rows
+from recipes.reward_config import RewardRecipeConfig
 from recipes.sft_config import SFTRecipeConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
+STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model",
+          "ppo": "Reinforcement learning (PPO)"}  # fmt: skip
+PARTS = {
+    "pretrain": (PretrainConfig, pretrain.main), "sft": (SFTRecipeConfig, sft.main),
+    "reward": (RewardRecipeConfig, reward.main), "ppo": (PPORecipeConfig, ppo.main),
+}  # fmt: skip
+TASKS = ("simple_equations:1", "leg_counting:1")  # those of the configs' evaluations
+# Shorter than the configs, so that all stages together take about ten minutes.
+SHORTER = {
+    "pretrain": ["--max_steps", "300"], "sft": ["--max_steps", "900", "--eval_steps", "450", "--save_steps", "450"],
+    "reward": [], "ppo": [],
+}  # fmt: skip
 
 
 def headline(number, title):
@@ -45,10 +60,33 @@ def overrides_of(stage, arguments):
         name, dot, key = argument.removeprefix("--").partition(".")
         if argument.startswith("--"):
             if not dot or name not in STAGES:
-                raise ValueError(f"{argument}: begin it with a stage, e.g. --pretrain.max_steps or --sft.max_steps")
+                raise ValueError(f"{argument}: begin it with a stage, e.g. --pretrain.max_steps or --ppo.max_steps; stages are "
+                                 f"{', '.join(STAGES)}")
             mine, argument = name == stage, f"--{key}"
         found += [argument] if mine else []
     return found
+
+
+def stage_arguments(stage, folder, rest):
+    """The command line of a stage: its config, what earlier stages have made, what is shorter here, overrides."""
+    tuned = ["--model_name_or_path", str(folder / "sft")]
+    made = {
+        "pretrain": ["--dataset_name", str(folder / "data")],
+        "sft": ["--dataset_name", str(folder / "data_sft"), "--model_name_or_path", str(folder / "pretrain")],
+        "reward": ["--dataset_name", str(folder / "data_preferences"), *tuned],
+        "ppo": ["--dataset_name", str(folder / "data_prompts"), *tuned, "--track_rewards", str(folder / "reward"),
+                "--eval_before", "false"],  # that is the evaluation after fine-tuning
+    }  # fmt: skip
+    return ["--config", str(CONFIGS / f"{stage}_tiny.yaml"), *made[stage], "--output_dir", str(folder / stage),
+            *SHORTER[stage], *overrides_of(stage, rest), "--resume_from_checkpoint", "auto"]  # fmt: skip
+
+
+def make_data(folder):
+    """What all stages train on; what is there already is not made again."""
+    print(prepare_pretraining.summary(prepare_pretraining.prepare(folder / "data", size="tiny")))
+    prepare_sft.main(["--output_dir", str(folder / "data_sft"), "--size", "tiny"])
+    prepare_preferences.main(["--output_dir", str(folder / "data_preferences"), "--size", "tiny"])
+    prepare_prompts.main(["--output_dir", str(folder / "data_prompts"), "--tasks", *TASKS])
 
 
 def write_report(folder, results, seconds):
@@ -59,10 +97,15 @@ def write_report(folder, results, seconds):
         f"its own.</p><h2>Time</h2><section>{facts_table(spent)}</section>"
     )
     for stage, title in STAGES.items():
-        rows = result_rows(read_metrics(folder / stage / METRICS_FILE), results[stage], {})
+        records = read_metrics(folder / stage / METRICS_FILE)
         link = f"<a href='{stage}/report.html'>{html.escape(stage)}/report.html</a>: curves, settings, samples"
-        body += f"<h2>{title}</h2><section>{facts_table(rows)}<p class=note>{link}</p></section>"
-    body += before_and_after(results["sft"].get("tasks", {}), folder / "sft")
+        rows = facts_table(result_rows(records, results[stage], {}))
+        body += f"<h2>{title}</h2><section>{rows}<p class=note>{link}</p></section>"
+        if stage == "ppo":
+            caption = "Mean reward of the completions, in training and on held-out prompts."
+            body += f"<div class=plots><figure>{reward_plot(records)}<figcaption>{caption}</figcaption></figure></div>"
+    tasks = {"before": results["sft"].get("tasks", {}).get("after"), "after": results["ppo"].get("tasks", {}).get("after")}
+    body += before_and_after({name: result for name, result in tasks.items() if result}, folder / "ppo")
     write_atomically(folder / "report.html", page("Quickstart", body))
     return folder / "report.html"
 
@@ -73,30 +116,23 @@ def main(argv=None):
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for data, models and reports")
     args, rest = parser.parse_known_args(argv)
     folder, seconds, results = Path(args.output_dir), {}, {}
-    made = {"pretrain": ["--dataset_name", str(folder / "data")],
-            "sft": ["--dataset_name", str(folder / "data_sft"), "--model_name_or_path", str(folder / "pretrain")]}
-    commands = {
-        stage: ["--config", str(CONFIGS / f"{stage}_tiny.yaml"), *made[stage], "--output_dir", str(folder / stage),
-                *overrides_of(stage, rest), "--resume_from_checkpoint", "auto"]
-        for stage in STAGES
-    }  # fmt: skip
-    parse_config(PretrainConfig, commands["pretrain"])  # a mistyped key is said now, not after the data is made
-    parse_config(SFTRecipeConfig, commands["sft"])
+    commands = {stage: stage_arguments(stage, folder, rest) for stage in STAGES}
+    for stage, (config_class, _) in PARTS.items():
+        parse_config(config_class, commands[stage])  # a mistyped key is said now, not after the data is made
 
     clock = headline(1, "data and tokenizer")
-    print(prepare_pretraining.summary(prepare_pretraining.prepare(folder / "data", size="tiny")))
-    prepare_sft.main(["--output_dir", str(folder / "data_sft"), "--size", "tiny"])
+    make_data(folder)
     seconds["data"] = clock()
-    for number, (stage, run) in enumerate({"pretrain": pretrain.main, "sft": sft.main}.items(), 2):
-        clock = headline(number, STAGES[stage].lower())
+    for number, (stage, (_, run)) in enumerate(PARTS.items(), 2):
+        clock = headline(number, STAGES[stage])
         results[stage] = run(commands[stage])
-        seconds[STAGES[stage].lower()] = clock()
+        seconds[STAGES[stage]] = clock()
 
     report = write_report(folder, results, seconds)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"\n== done in {sum(seconds.values()) / 60:.1f} minutes ({spent})")
     print(f"report   {report}")
-    print(f"chat     python recipes/chat.py --model_name_or_path {folder / 'sft'}")
+    print(f"chat     python recipes/chat.py --model_name_or_path {folder / 'ppo'}")
     return {"seconds": seconds, "results": results, "report": report}
 
 

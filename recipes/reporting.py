@@ -25,10 +25,16 @@ from recipes.checkpoint_files import write_atomically
 from recipes.eval_report import before_and_after
 from recipes.eval_tables import with_interval
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
+from recipes.ppo_plots import ppo_figures, ppo_rows
 from recipes.report_page import facts_table, page, plot
+from recipes.reward_plots import UNITS, reward_curves, reward_rows, reward_section
 
 REPORT_FILE = "report.html"
-STAGES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
+STAGES = {
+    "pretrain": "Pretraining", "sft": "Supervised fine-tuning", "ppo": "Reinforcement learning (PPO)",
+    "reward": "Reward model", "process_reward": "Process reward model",
+}  # fmt: skip
+
 # ---------------------------------------------------------------- reference values
 
 
@@ -83,7 +89,7 @@ def _load_plot(train, model):
     return plot(curves, "expert load, max / mean", references) if curves else None
 
 
-def figures(records, baselines, model=()):
+def figures(records, baselines, model=(), stage="pretrain"):
     """[(svg, caption)] of everything that the metrics hold."""
     train = [r for r in records if r["kind"] == "train"]
     evals = [r for r in records if r["kind"] == "eval"]
@@ -93,8 +99,10 @@ def figures(records, baselines, model=()):
     losses += [("held out", *_series(evals, "eval loss"))] if evals else []
     accuracy = [("training", *_series(train, "token accuracy")), ("held out", *_series(evals, "eval token accuracy"))]
     accuracy = [curve for curve in accuracy if curve[1]]
+    made += ppo_figures(train, evals) + reward_curves(train, evals)
     if train:
-        made.append((plot(losses, "loss, nats per token"), "Training loss, mean over all micro-batches and processes."))
+        unit = UNITS.get(stage, "nats per token")
+        made.append((plot(losses, f"loss, {unit}"), "Training loss, mean over all micro-batches and processes."))
     if accuracy:
         parts = " and ".join(name for name, *_ in accuracy)
         caption = f"Share of the answers' tokens that are the model's most likely ones, {parts}."
@@ -137,7 +145,9 @@ def result_rows(records, evaluation, config):
     if train:
         rows.append(("optimizer steps", f"{train[-1]['step']:,}"))
         rows.append(("training tokens", f"{sum(r.get('tokens', 0) for r in train):,}"))
-        rows.append(("last training loss", f"{train[-1].get('next-token loss', train[-1]['loss']):.4f} nats per token"))
+        unit = UNITS.get(evaluation.get("stage"), "nats per token")
+        loss = train[-1].get("next-token loss", train[-1]["loss"])
+        rows.append(("last training loss", f"{loss:.4f} {unit}"))
     for key, label in (("weights", "held out"), ("ema", "held out, averaged weights (EMA)")):
         values = evaluation.get(key)
         if values:
@@ -146,6 +156,7 @@ def result_rows(records, evaluation, config):
     if held_out := evaluation.get("held_out"):
         text = f"loss {held_out['loss']:.4f} nats per token, {held_out['token_accuracy']:.1%} of tokens right"
         rows.append(("held-out answers", text))
+    rows += ppo_rows(train, evaluation) + reward_rows(evaluation)
     tasks = evaluation.get("tasks", {})
     for name in tasks.get("after", {}).get("tasks", ()):
         found = [tasks[stage]["tasks"][name]["pass@1"] for stage in ("before", "after") if stage in tasks]
@@ -164,6 +175,11 @@ def result_rows(records, evaluation, config):
     return rows
 
 
+def _rewards_of(sample):
+    rewards = sample.get("rewards", {})
+    return html.escape("".join(f", {name} {'none' if value is None else value}" for name, value in rewards.items()))
+
+
 def _samples(records):
     kept = [r for r in records if r["kind"] == "samples"]
     shown = kept[:1] + kept[-2:] if len(kept) > 3 else kept
@@ -172,7 +188,8 @@ def _samples(records):
         for sample in record["samples"]:
             prompt, completion = html.escape(sample["prompt"]), html.escape(sample["completion"])
             parts.append(
-                f"<p class=note>step {record['step']:,}</p><pre><span class=prompt>{prompt}</span>{completion}</pre>"
+                f"<p class=note>step {record['step']:,}{_rewards_of(sample)}</p>"
+                f"<pre><span class=prompt>{prompt}</span>{completion}</pre>"
             )
     return "".join(parts)
 
@@ -186,7 +203,7 @@ def build_report(run_dir):
     config, evaluation = _read_yaml(run_dir / "config.yaml"), _read_json(run_dir / "eval.json")
     plots = "".join(
         f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for svg, caption in figures(records, config.get("baselines", {}), config.get("model", {}))
+        for svg, caption in figures(records, config.get("baselines", {}), config.get("model", {}), config.get("stage"))
     )
     facts = [("commit", config.get("commit", "unknown"))]
     facts += [(name, value) for name, value in config.get("sizes", {}).items()]
@@ -200,6 +217,7 @@ def build_report(run_dir):
         f"<h2>Results</h2><section>{facts_table(result_rows(records, evaluation, config))}</section>"
         f"<h2>Run</h2><section>{facts_table(facts)}</section>"
         f"<h2>Curves</h2><div class=plots>{plots}</div>"
+        + reward_section(evaluation, run_dir)
         + before_and_after(evaluation.get("tasks", {}), run_dir)
         + (f"<h2>Samples</h2><section>{samples}</section>" if samples else "")
         + "<h2>Configuration</h2><section><details><summary>config.yaml</summary>"

@@ -26,8 +26,9 @@ from recipes.pretrain_config import parse_config
 from recipes.run_results import text_table
 from recipes.sft_config import SFTRecipeConfig
 from recipes.sft_data import Encoding, checksum, encode_dataset, hold_out, read_splits, training_template
-from recipes.sft_results import announce_run, evaluate_before, finish_run
+from recipes.sft_results import announce_run, finish_run
 from recipes.sft_trainer import RecipeSFTTrainer, causal_lm
+from recipes.stage_results import evaluate_before
 
 # What a resumed run must share beyond `resume_guard.TRAJECTORY_FIELDS`.
 GUARDED = (

@@ -1,0 +1,114 @@
+"""The part of a run's report that is about rewards: curves, where the time went, the rows of its table."""
+
+import numpy
+from matplotlib import pyplot as plt
+
+from recipes.report_page import COLORS, figure_svg, plot
+
+TIMES = ("rollout seconds", "scoring seconds", "update seconds")
+
+
+def _curve(label, records, read):
+    """(label, steps, values) of the records for which `read` finds a number."""
+    points = [(record["step"], read(record)) for record in records]
+    points = [(step, value) for step, value in points if isinstance(value, (int, float))]
+    return label, [step for step, _ in points], [value for _, value in points]
+
+
+def _plain(label, records, name):
+    return _curve(label, records, lambda record: record.get(name))
+
+
+def _component(group, name):
+    return lambda record: record.get(group, {}).get(name)
+
+
+def reward_curves(train, evals):
+    """Curves of the weighted sum and of each reward by itself, in training and on held-out prompts."""
+    names = sorted({name for record in train for name in record.get("rewards", {})})
+    curves = [_plain("sum", train, "reward"), _plain("sum, held out", evals, "eval reward")]
+    for name in names:
+        curves.append(_curve(name, train, _component("rewards", name)))
+        curves.append(_curve(f"{name}, held out", evals, _component("eval rewards", name)))
+    return [curve for curve in curves if curve[1]]
+
+
+def reward_plot(records):
+    """SVG of `reward_curves` from the records of metrics.jsonl."""
+    train, evals = ([r for r in records if r.get("kind") == kind] for kind in ("train", "eval"))
+    return plot(reward_curves(train, evals), "reward")
+
+
+def rollout_times(train):
+    """[(step, seconds of rollout, scoring, update)]: the update is known when its rollout has been trained on."""
+    latest, found = {}, []
+    for record in train:
+        latest |= {name: record[name] for name in TIMES if record.get(name) is not None}
+        if record.get(TIMES[-1]) is not None and len(latest) == len(TIMES):
+            found.append((record["step"], *(latest[name] for name in TIMES)))
+    return found
+
+
+def time_plot(times):
+    """SVG of the seconds of a rollout, its scoring and its updates, stacked."""
+    steps, *values = zip(*times)
+    figure, axes = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
+    axes.stackplot(steps, numpy.array(values), labels=[name.split()[0] for name in TIMES], colors=COLORS[:3], alpha=0.75)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("seconds")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure_svg(figure)
+
+
+def ppo_figures(train, evals):
+    """[(svg, caption)] of a run with rewards; [] for others."""
+    if not any("reward" in record for record in train):
+        return []
+    made = [(plot(reward_curves(train, evals), "reward"),
+             "Mean reward of completions: the weighted sum, and each reward by itself before weighting.")]  # fmt: skip
+    groups = (
+        ("nats per token", "KL to the reference, sampled. Approximate KL: between the policy and that of the rollout.",
+         (("to the reference", "kl"), ("within a rollout", "approx kl"))),
+        ("nats per token", "Entropy of the policy's next token, mean over completions' tokens.", (("entropy", "entropy"),)),
+        ("tokens", "Mean length of completions.", (("length", "length"),)),
+        ("share of completions", "Completions cut off at the limit, and empty ones.",
+         (("cut off", "cut off"), ("empty", "empty"))),
+        ("value loss", "Loss of the value function, clipped, before its weight.", (("value loss", "value loss"),)),
+        ("explained variance", "Share of the variance of the returns that the values explain; 0: no better than a constant.",
+         (("explained variance", "explained variance"),)),
+        ("share of tokens", "Tokens whose ratio, or value, the clip range cut.",
+         (("ratio", "clip fraction"), ("value", "value clip fraction"))),
+    )  # fmt: skip
+    for ylabel, caption, parts in groups:
+        curves = [_plain(label, train, name) for label, name in parts]
+        curves = [curve for curve in curves if curve[1]]
+        if curves:
+            made.append((plot(curves, ylabel), caption))
+    if times := rollout_times(train):
+        made.append((time_plot(times), "Where the time goes: sampling, rewards and log-probabilities, updates; seconds."))
+    return made
+
+
+def ppo_rows(train, evaluation):
+    """[(label, text)] of the results table: rewards at both ends, KL, held-out rewards, shares of the time."""
+    records = [record for record in train if record.get("reward") is not None]
+    rows = []
+    if records:
+        first, last = records[0], records[-1]
+        rows.append(("reward, first and last logged", f"{first['reward']:.3f} -> {last['reward']:.3f}"))
+        for name in last.get("rewards", {}):
+            ends = [record.get("rewards", {}).get(name) for record in (first, last)]
+            text = " -> ".join("none" if value is None else f"{value:.3f}" for value in ends)
+            rows.append((f"reward {name}", text))
+        if last.get("kl") is not None:
+            rows.append(("KL to the reference", f"{last['kl']:.4f} nats per token"))
+        totals = numpy.array([times[1:] for times in rollout_times(train)]).sum(0)
+        if totals.any():
+            shares = (f"{name.split()[0]} {share:.0%}" for name, share in zip(TIMES, totals / totals.sum()))
+            rows.append(("time", ", ".join(shares)))
+    if held_out := evaluation.get("held_out_rewards"):
+        values = (f"{name} {'none' if value is None else format(value, '.3f')}" for name, value in held_out.items())
+        rows.append(("rewards on held-out prompts", ", ".join(values)))
+    return rows

@@ -1,0 +1,43 @@
+"""The reward functions that a run's settings name: rules, a user's own functions, reward models."""
+
+from pathlib import Path
+
+from recipes.reward_functions import ModelReward
+from recipes.reward_scoring import load_reward_model
+from recipes.rewards import REWARDS, get_rewards, is_function_path
+
+
+def _is_reward_model(name):
+    return Path(name).expanduser().is_dir() or (name not in REWARDS and "/" in name and not is_function_path(name))
+
+
+def _model_reward(name, args, policy_tokenizer):
+    try:
+        model, tokenizer = load_reward_model(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the reward model {name} cannot be loaded: {error}; recipes/reward.py trains one and saves its tokenizer "
+            "beside it"
+        ) from error
+    return ModelReward(
+        model, tokenizer, policy_tokenizer, batch_size=args.reward_batch_size, name=Path(name).name,
+        chat_template_kwargs=args.chat_template_kwargs, normalise=args.normalise_rewards,
+    )  # fmt: skip
+
+
+def build_rewards(args, policy_tokenizer):
+    """Reward functions for `args.all_rewards`, in that order: rules, functions and `ModelReward`s.
+
+    Raises:
+        ValueError: for an unknown name, settings of a reward that is not there, a reward model that cannot be used.
+    """
+    names, settings = args.all_rewards, dict(args.reward_kwargs or {})
+    if "length" in names:
+        settings["length"] = {"max_length": args.max_completion_length} | settings.get("length", {})
+    rules = [name for name in names if not _is_reward_model(name)]
+    rules = dict(zip(rules, get_rewards(rules, settings)))
+    rewards = [rules[name] if name in rules else _model_reward(name, args, policy_tokenizer) for name in names]
+    labels = [reward.__name__ for reward in rewards]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"rewards have the same names in the log: {', '.join(labels)}; rename a function or folder")
+    return rewards

@@ -1,0 +1,402 @@
+"""Proximal policy optimisation of language models on the seams of TRL's GRPOTrainer.
+
+`PPOTrainer` inherits what GRPOTrainer does well (prompts, sampling, vLLM, rewards, PEFT, logs) and replaces what makes
+it GRPO: rewards become token-level advantages by GAE, with a value function, and a KL to the reference in the reward;
+the loss gets a clipped value term. The equations are in `ppo_losses.py`, the value function in `value_head.py`, the
+settings in `ppo_arguments.py`.
+
+    trainer = PPOTrainer("my-sft-model", my_reward_function, PPOConfig(output_dir="runs/ppo"), train_dataset=prompts)
+    trainer.train()
+
+Sources: PPO (arXiv:1707.06347); InstructGPT (arXiv:2203.02155, Sec. 3.5); PPO as compared with GRPO in DeepSeek-R1
+(arXiv:2501.12948, supplement A.3).
+"""
+
+import time
+
+import torch
+from transformers import AutoTokenizer
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+    use_adapter,
+)
+
+from recipes import ppo_losses
+from recipes.callbacks import ExpertBalanceCallback
+from recipes.checkpoint_files import find_problem, list_checkpoints
+from recipes.fused_forward import extend_fused_forward
+from recipes.ppo_arguments import PPOConfig
+from recipes.ppo_checkpoints import PPOCheckpointMixin
+from recipes.ppo_setup import (
+    EpochSampler,
+    RolloutBalanceCallback,
+    build_reference,
+    causal_lm,
+    never_empty,
+    prepare_frozen,
+    reward_functions,
+)
+from recipes.value_head import PPOModelOutput, build_value_head
+
+__all__ = ["PPOConfig", "PPOTrainer", "RolloutBalanceCallback"]
+
+
+class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
+    """PPO with a value function, for prompts in TRL's standard or conversational format.
+
+    Args beyond `GRPOTrainer`'s:
+        reward_funcs: one or several of: a function of TRL's signature (sync or async), a sequence classifier with one
+            label, its folder or Hub name; their sum, weighted by `args.reward_weights`, is a completion's score.
+        ref_model: model, folder or Hub name that KL is measured against; None: a copy of the policy, or with PEFT the
+            base without its adapter.
+        value_model: model or name for `value_function="separate"`; None: `args.value_model_name_or_path`.
+
+    Multi-token-prediction layers are frozen. `save_model` writes the policy as a plain causal LM and
+    `value_head.safetensors` beside it.
+
+    Raises:
+        ValueError: for rewards, references and prompts that cannot work.
+        FloatingPointError: where KL exceeds `max_kl`.
+    """
+
+    _tag_names = ["trl", "ppo"]
+    _name = "PPO"
+
+    def __init__(
+        self, model, reward_funcs, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
+        reward_processing_classes=None, ref_model=None, value_model=None, callbacks=None, **kwargs,
+    ):  # fmt: skip
+        args = PPOConfig(f"{str(model).split('/')[-1]}-PPO") if args is None else args
+        if isinstance(model, str):
+            init_kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
+            model = create_model_from_path(model, **init_kwargs)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+        rewards, self._reward_models = reward_functions(
+            reward_funcs, reward_processing_classes, processing_class, args.per_device_eval_batch_size,
+            args.chat_template_kwargs,
+        )  # fmt: skip
+        if hasattr(causal_lm(model), "freeze_mtp"):
+            causal_lm(model).freeze_mtp()
+        adapted = causal_lm(model) is not model or kwargs.get("peft_config") is not None
+        ref_model = build_reference(model, ref_model, args, adapted)
+        balanced = hasattr(causal_lm(model), "update_expert_bias")
+        if balanced and not any(isinstance(callback, ExpertBalanceCallback) for callback in callbacks or []):
+            callbacks = [*(callbacks or []), RolloutBalanceCallback()]
+        super().__init__(
+            model, rewards, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, callbacks=callbacks, **kwargs,
+        )  # fmt: skip
+        policy = causal_lm(self.model)
+        source = args.value_model_name_or_path if value_model is None else value_model
+        policy.value_head = build_value_head(policy, args.value_function, source).to(args.device)
+        extend_fused_forward(policy, PPOModelOutput, lambda lm, *inputs: {"value_preds": lm.value_head(*inputs)})
+        if ref_model is not None:
+            add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = prepare_frozen(ref_model, self)
+        for reward in self._reward_models:
+            reward.accelerator, reward.model = self.accelerator, prepare_frozen(reward.model, self)
+        if self.rollout_func is not None:
+            self.rollout_func = never_empty(self.rollout_func, self.eos_token_ids[0])
+        self.kl_coef, self._sums = args.kl_coef, {"train": {}, "eval": {}}
+        self._rollout_seconds = self._update_seconds = 0.0
+        self._check_rollout()
+        if self.use_vllm:
+            self._sync_policy_only()
+
+    def _check_rollout(self):
+        args, context = self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_prompt_length = args.max_prompt_length
+        if context is not None:
+            budget = context - args.max_completion_length
+            if budget < 1 or (self.max_prompt_length or 1) > budget:
+                raise ValueError(
+                    f"max_completion_length={args.max_completion_length} and max_prompt_length="
+                    f"{args.max_prompt_length} exceed the model's context of {context} tokens; lower one of them"
+                )
+            self.max_prompt_length = self.max_prompt_length or budget
+        prompts = args.generation_batch_size // args.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"{len(self.train_dataset)} prompts are fewer than the {prompts} of a rollout: lower "
+                "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches, or raise num_generations"
+            )
+
+    def _sync_policy_only(self):
+        """vLLM gets the policy's weights and routing biases, which are buffers, and no value function."""
+        named = self.vllm_generation._iter_named_params
+
+        def policy_only():
+            yield from ((name, value) for name, value in named() if "value_head." not in name)
+            buffers = self._policy().named_buffers()
+            yield from ((name, value) for name, value in buffers if name.endswith("e_score_correction_bias"))
+
+        self.vllm_generation._iter_named_params = policy_only
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            sampler.data_source, sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count, sampler.shuffle,
+            sampler.seed, epoch=lambda: int(self.state.epoch or 0),
+        )  # fmt: skip
+
+    def create_optimizer(self, *args, **kwargs):
+        """The value function's parameters in groups of their own, where it has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        of_value = {id(parameter) for parameter in self._policy().value_head.parameters()}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in of_value]
+            if moved and self.args.value_learning_rate != self.args.learning_rate:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_value]
+                optimizer.add_param_group({**group, "params": moved, "lr": self.args.value_learning_rate})
+        return optimizer
+
+    # -- rollout
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, *rest = super()._tokenize_prompts(prompts)
+        lengths = [len(ids) for ids in prompt_ids]
+        if max(lengths) > (self.max_prompt_length or max(lengths)):
+            place = lengths.index(max(lengths))
+            raise ValueError(
+                f"a prompt has {lengths[place]} tokens, max_prompt_length={self.max_prompt_length}: raise it, lower "
+                f"max_completion_length, or leave such prompts out. It begins {str(prompts[place])[:200]!r}"
+            )
+        return prompt_ids, *rest
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with self.accelerator.autocast():
+            completion_ids, log_probs = super()._generate_single_turn(*args, **kwargs)
+        output = never_empty(lambda: {"completion_ids": completion_ids, "logprobs": log_probs}, self.eos_token_ids[0])()
+        return output["completion_ids"], output["logprobs"]
+
+    def _generate(self, prompts):
+        start = time.perf_counter()
+        result = super()._generate(prompts)
+        self._rollout_seconds = time.perf_counter() - start
+        return result
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, **images,
+    ):  # fmt: skip
+        """As GRPOTrainer's, for text; keeps in `self._values` the (B, T + 1) values of the states before each token of
+        the completion and after the last one, where the model has a value function."""
+        if any(value is not None for value in images.values()):
+            raise ValueError("PPOTrainer reads text only: leave out the images of the prompts")
+        found = []
+        for ids, mask in zip(*(each.split(batch_size or len(input_ids)) for each in (input_ids, attention_mask))):
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :-logits_to_keep] = -100
+            with self.accelerator.autocast():
+                output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            values = output.get("value_preds")
+            values = None if values is None else values[:, -logits_to_keep - 1 :]
+            entropy = output.entropy[:, -logits_to_keep:] if compute_entropy else None
+            found.append((output.log_probs[:, -logits_to_keep:], entropy, values))
+        log_probs, entropy, self._values = (None if part[0] is None else torch.cat(part) for part in zip(*found))
+        return log_probs, entropy, None
+
+    def _log_probs(self, model, rollout, batch_size=None, compute_entropy=False):
+        input_ids, attention_mask = (
+            torch.cat([rollout[f"prompt_{name}"], rollout[f"completion_{name}"]], 1) for name in ("ids", "mask")
+        )
+        length = rollout["completion_ids"].size(1)
+        return self._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, length, batch_size, compute_entropy
+        )[:2]
+
+    @torch.no_grad()
+    def _ref_log_probs(self, rollout, batch_size):
+        if self.ref_model is not None:
+            return self._log_probs(self.ref_model, rollout, batch_size)[0]
+        with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+            return self._log_probs(self.model, rollout, batch_size)[0]
+
+    @torch.no_grad()
+    def _generate_and_score_completions(self, inputs):
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()  # what is still running belongs to the update
+        start, args, self._values = time.perf_counter(), self.args, None
+        mode = "train" if self.model.training else "eval"
+        rollout = super()._generate_and_score_completions(inputs)
+        batch_size = getattr(args, f"per_device_{mode}_batch_size")
+        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            if self._values is None:  # GRPO needs no old log-probabilities where all steps are on-policy
+                rollout["old_per_token_logps"], _ = self._log_probs(self.model, rollout, batch_size)
+            values = self._values
+            ref_log_probs = self._ref_log_probs(rollout, batch_size) if args.kl_coef else None
+        scored = self._score_rollout(rollout, values, ref_log_probs)
+        mask = rollout["loss_mask"]
+        rollout["old_values"] = values[:, :-1]
+        rollout["advantages"], rollout["returns"] = ppo_losses.generalized_advantages(
+            scored["token_rewards"], rollout["old_values"], mask, args.gamma, args.lam, scored["last_values"]
+        )
+        if args.whiten_advantages:
+            rollout["advantages"] = ppo_losses.whiten(rollout["advantages"], mask, self._sum)
+        rollout["num_items_in_batch"] = self._sum(mask.sum())
+        self._log_rollout(mode, rollout, scored, time.perf_counter() - start)
+        return rollout
+
+    def _score_rollout(self, rollout, values, ref_log_probs):
+        """Sets `loss_mask`; returns the tokens' rewards (KL, and the score at the last token), the values after the
+        last tokens, and what is logged."""
+        args, completion_mask = self.args, rollout["completion_mask"].bool()
+        rows = torch.arange(len(completion_mask), device=completion_mask.device)
+        rewards = self._rewards_per_func[rows + len(rows) * self.accelerator.process_index]
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        unscored = rewards[:, self.reward_weights.to(rewards.device) != 0].isnan().all(1)
+        last = completion_mask.size(1) - 1 - completion_mask.flip(1).int().argmax(1)
+        ends = torch.tensor(self.eos_token_ids, device=rows.device)
+        truncated = ~torch.isin(rollout["completion_ids"][rows, last], ends)
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * truncated
+        left_out = unscored | (truncated & (args.truncated_completions == "mask"))
+        bootstrapped = truncated & (args.truncated_completions == "bootstrap")
+
+        mask = completion_mask & rollout["tool_mask"].bool() if "tool_mask" in rollout else completion_mask
+        mask = rollout["loss_mask"] = mask & ~left_out.unsqueeze(1)
+        kl = torch.zeros_like(values[:, 1:])
+        if ref_log_probs is not None:
+            kl = ppo_losses.kl_estimate(rollout["old_per_token_logps"], ref_log_probs, args.kl_estimator)
+            kl = kl.masked_fill(~mask, 0.0)
+        token_rewards = -self.kl_coef * kl
+        last_chosen = mask.size(1) - 1 - mask.flip(1).int().argmax(1)
+        token_rewards[rows, last_chosen] += scores.masked_fill(bootstrapped, 0.0)
+        if args.whiten_rewards:
+            token_rewards = ppo_losses.whiten(token_rewards, mask, self._sum, shift_mean=False)
+        last_values = values[rows, last + 1].masked_fill(~bootstrapped, 0.0)
+        empty = (completion_mask.sum(1) == 1) & ~truncated
+        return {
+            "token_rewards": token_rewards, "last_values": last_values, "kl": kl, "empty": empty, "unscored": unscored,
+        }  # fmt: skip
+
+    def _sum(self, tensor):
+        return self.accelerator.reduce(tensor, "sum")
+
+    def _log_rollout(self, mode, rollout, scored, seconds):
+        """Metrics of a rollout, over the tokens and completions of all processes; adapts kl_coef."""
+        args, mask, returns = self.args, rollout["loss_mask"].float(), rollout["returns"]
+        errors = (returns - rollout["old_values"]) * mask
+        local = [
+            mask.sum(), scored["kl"].sum(), (returns * mask).sum(), (returns.square() * mask).sum(), errors.sum(),
+            errors.square().sum(), mask.new_tensor(len(mask)), scored["empty"].sum(), scored["unscored"].sum(),
+        ]  # fmt: skip
+        sums = self._sum(torch.stack([value.double() for value in local])).tolist()
+        tokens, kl, total, squares, error, error_squares, completions, empty, unscored = sums
+        tokens, log = max(tokens, 1), self._metrics[mode]
+        variance = squares / tokens - (total / tokens) ** 2
+        log["returns"].append(total / tokens)
+        if variance > 1e-12:
+            log["explained_variance"].append(1 - (error_squares / tokens - (error / tokens) ** 2) / variance)
+        log["completions/empty"].append(empty / completions)
+        log["completions/unscored"].append(unscored / completions)
+        log["seconds/rollout"].append(self._rollout_seconds)
+        log["seconds/scoring"].append(seconds - self._rollout_seconds)
+        if args.kl_coef:
+            log["kl"].append(kl / tokens)
+            log["kl_coef"].append(self.kl_coef)
+            self._check_kl(kl / tokens)
+            if args.kl_target is not None and mode == "train":
+                self.kl_coef = ppo_losses.adapted_kl_coef(
+                    self.kl_coef, kl / tokens, args.kl_target, completions, args.kl_horizon
+                )
+
+    def _check_kl(self, kl):
+        if self.args.max_kl is None or kl <= self.args.max_kl:  # NaN does not pass
+            return
+        kept = [path for _, path in list_checkpoints(self.args.output_dir) if find_problem(path, hashes=False) is None]
+        good = f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet"
+        raise FloatingPointError(
+            f"KL to the reference is {kl:.3g} nats per token at step {self.state.global_step}, above max_kl="
+            f"{self.args.max_kl}: the policy has left it. {good}; go on from one with a lower learning_rate="
+            f"{self.args.learning_rate:g} or a higher kl_coef={self.args.kl_coef}, or raise max_kl"
+        )
+
+    # -- update
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        chunks, buffered = self.args.steps_per_generation, self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._step % chunks == 0:  # an epoch of the rollout begins
+            if self._buffered_inputs is buffered:  # not the first one: other mini-batches of the same completions
+                whole = {
+                    name: torch.cat([part[name] for part in buffered]) if value.ndim else value
+                    for name, value in buffered[0].items()
+                }
+                self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), chunks)
+            self._count_tokens_of_steps()
+            inputs = self._buffered_inputs[0]
+        return inputs
+
+    def _count_tokens_of_steps(self):
+        """Every micro-batch is told the tokens of its whole optimizer step: any split of it gives the same step."""
+        counts = torch.stack([part["loss_mask"].sum() for part in self._buffered_inputs])
+        counts = self._sum(counts.view(-1, self.args.gradient_accumulation_steps).sum(1))
+        for place, part in enumerate(self._buffered_inputs):
+            part["num_items_in_batch"] = counts[place // self.args.gradient_accumulation_steps]
+
+    def _compute_loss(self, model, inputs):
+        args, mask = self.args, inputs["loss_mask"].float()
+        mode = "train" if self.model.training else "eval"
+        log_probs, entropy = self._log_probs(model, inputs, compute_entropy=True)
+        values, self._values = self._values[:, :-1], None
+        cycle = args.steps_per_generation * self.num_iterations
+        # The first step of a rollout is on-policy: the ratio is 1 exactly, whatever rounding another batch brings.
+        on_policy = mode == "train" and self._step % cycle < args.gradient_accumulation_steps
+        old_log_probs = log_probs.detach() if on_policy else inputs["old_per_token_logps"]
+        policy, ratio, clipped = ppo_losses.policy_loss(
+            log_probs, old_log_probs, inputs["advantages"], self.epsilon_low, self.epsilon_high
+        )
+        if "importance_sampling_ratio" in inputs:  # of vLLM's probabilities and the trainer's, truncated as TRL does
+            policy = policy * inputs["importance_sampling_ratio"]
+        value, value_clipped = ppo_losses.value_loss(
+            values, inputs["old_values"], inputs["returns"], args.cliprange_value
+        )
+        log_ratio = log_probs.detach() - old_log_probs
+        named = {
+            "policy_loss": policy, "value_loss": value, "entropy": entropy, "ratio": ratio, "clip_fraction": clipped,
+            "value_clip_fraction": value_clipped, "approx_kl": torch.expm1(log_ratio) - log_ratio,
+        }  # fmt: skip
+        sums = torch.stack([mask.sum(), *((part.detach() * mask).sum() for part in named.values())])
+        self._sums[mode] = {"names": list(named), "sums": self._sums[mode].get("sums", 0.0) + sums.double()}
+        total = policy + args.vf_coef * value - args.entropy_coef * entropy
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # DDP takes the mean
+        return (total * mask).sum() / tokens
+
+    def training_step(self, *args, **kwargs):
+        """Times the update: what steps take besides rollout and scoring."""
+        start, log = time.perf_counter(), self._metrics["train"]
+        rollouts = len(log["seconds/rollout"])
+        loss = super().training_step(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        if len(log["seconds/rollout"]) > rollouts:
+            seconds -= log["seconds/rollout"][-1] + log["seconds/scoring"][-1]
+        self._update_seconds += seconds
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            log["seconds/update"].append(self._update_seconds)
+            self._update_seconds = 0.0
+        return loss
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        if self._sums[mode]:
+            names, sums = self._sums[mode]["names"], self._sum(self._sums[mode]["sums"]).tolist()
+            for name, value in zip(names, sums[1:]):
+                self._metrics[mode][name] = [value / max(sums[0], 1)]
+            self._sums[mode] = {}
+        if self.num_generations == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)  # there are no groups
+        super().log(logs, start_time)

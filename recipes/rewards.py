@@ -1,0 +1,213 @@
+"""Rule rewards of reinforcement learning, by name, with the signature of TRL's reward functions.
+
+    rewards = get_rewards(["accuracy", "format", "my_rewards.py:politeness"], {"length": {"buffer": 64}})
+    rewards[0](prompts=..., completions=..., completion_ids=..., **columns)    # one number or None for each completion
+
+| name         | reward                                                                   | range   | source                  |
+|--------------|--------------------------------------------------------------------------|---------|-------------------------|
+| `accuracy`   | the task's verifier accepts the answer; None where a row brings none     | 0, 1    | DeepSeek-R1, Sec. 2.2.2 |
+| `format`     | reasoning, one `</think>` and an answer that is not empty                | 0, 1    | ibid.                   |
+| `language`   | share of the reasoning's words that are in the target language's script  | [0, 1]  | ibid., Sec. 2.3.2       |
+| `length`     | soft punishment of completions that come close to the token limit        | [-1, 0] | DAPO, Eq. 13            |
+| `repetition` | minus the share of n-grams that have been seen before in the completion  | [-1, 0] | ours                    |
+
+DeepSeek-R1 is arXiv:2501.12948, DAPO arXiv:2503.14476. Model output is parsed, never run outside of the sandbox.
+"""
+
+import difflib
+import functools
+import importlib.util
+import inspect
+import json
+import re
+from pathlib import Path
+
+from data_scripts.rejection_rules import repetition, scripts
+from recipes.chat_format import follows_format
+from recipes.conversations import CLOSE, OPEN
+from recipes.task_base import Problem
+from recipes.tasks import score
+
+VERIFIER_COLUMNS = ("task", "index", "question", "reference", "metadata")
+# Scripts (first words of Unicode names) that a language is written in. Languages of one script are not told apart.
+LANGUAGES = {
+    "ar": {"ARABIC"}, "de": {"LATIN"}, "el": {"GREEK"}, "en": {"LATIN"}, "es": {"LATIN"}, "fr": {"LATIN"},
+    "he": {"HEBREW"}, "hi": {"DEVANAGARI"}, "ja": {"HIRAGANA", "KATAKANA", "CJK"}, "ko": {"HANGUL"},
+    "ru": {"CYRILLIC"}, "th": {"THAI"}, "zh": {"CJK"},
+}  # fmt: skip
+UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
+
+
+def completion_text(completion):
+    """The text of a completion: a string, or its messages' contents joined."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message.get("content") or "" for message in completion)
+
+
+# ---------------------------------------------------------------- the rewards
+
+
+def _accuracy_of(text, fields, untagged):
+    task, index, question, reference, metadata = fields
+    if task is None or reference is None or question is None:
+        return None
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata or {}
+    return float(score(text, Problem(task, index, question, reference, metadata), untagged).correct)
+
+
+def accuracy_reward(prompts, completions, untagged="unparsable", **columns):
+    """1.0 where the verifier of the row's task accepts the answer, else 0.0; None for a row without a verifier.
+
+    Args:
+        columns: those of VERIFIER_COLUMNS, as `data_scripts/prepare_prompts.py` writes them.
+        untagged: what a completion without `</think>` is: "unparsable" (wrong), or the "whole" is the answer.
+    """
+    if columns.get("task") is None:
+        return [None] * len(completions)
+    missing = [name for name in VERIFIER_COLUMNS if columns.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"the reward accuracy needs the column{'s' * (len(missing) > 1)} {', '.join(missing)} beside task; "
+            "make the prompts with python -m data_scripts.prepare_prompts"
+        )
+    rows = zip(*(columns[name] for name in VERIFIER_COLUMNS))
+    return [_accuracy_of(completion_text(text), fields, untagged) for text, fields in zip(completions, rows)]
+
+
+def format_reward(prompts, completions, **columns):
+    """1.0 for reasoning, one `</think>` and an answer, else 0.0. `<think>` may stand in the prompt or in the text."""
+    return [float(follows_format(completion_text(completion))) for completion in completions]
+
+
+def language_share(text, target):
+    """Share of a text's words in the scripts of the language `target`; 1.0 for signs and numbers alone, 0.0 for none."""
+    if not text.strip():
+        return 0.0
+    wanted, inside, total = LANGUAGES[target], 0, 0
+    for word in re.findall(r"[^\W\d_]+", text):
+        for script, letters in scripts(word).items():
+            count = letters if script in UNSPACED else 1
+            total, inside = total + count, inside + count * (script in wanted)
+    return inside / total if total else 1.0
+
+
+def language_reward(prompts, completions, target="en", **columns):
+    """Language consistency: the share of target-language words in the reasoning (in all of it without `</think>`)."""
+    if target not in LANGUAGES:
+        raise ValueError(f"reward_kwargs.language.target={target!r} must be one of {', '.join(LANGUAGES)}")
+    reasonings = [completion_text(c).partition(CLOSE)[0].lstrip().removeprefix(OPEN) for c in completions]
+    return [language_share(reasoning, target) for reasoning in reasonings]
+
+
+def overlong_punishment(length, max_length, buffer):
+    """DAPO, Eq. 13: 0 up to `max_length - buffer` tokens, then down a straight line to -1 at `max_length`, -1 beyond."""
+    if length > max_length:
+        return -1.0
+    return min(0.0, (max_length - buffer - length) / buffer)
+
+
+def length_reward(prompts, completions, completion_ids, max_length=None, buffer=None, **columns):
+    """Soft overlong punishment.
+
+    Args:
+        max_length: tokens at which it is -1; recipes/ppo.py sets it to `max_completion_length`.
+        buffer: tokens over which it grows. Default: a fifth of `max_length` (the paper: 4,096 of 20,480).
+    """
+    buffer = max(1, max_length // 5) if buffer is None and max_length else buffer
+    if not max_length or not 0 < buffer <= max_length:
+        raise ValueError(
+            f"the reward length needs 0 < buffer <= max_length, got buffer={buffer}, max_length={max_length}; set them "
+            "as reward_kwargs.length"
+        )
+    return [overlong_punishment(len(ids), max_length, buffer) for ids in completion_ids]
+
+
+def repetition_reward(prompts, completions, ngram=12, **columns):
+    """Minus the share of windows of `ngram` words, numbers and signs that occurred earlier in the completion."""
+    if ngram < 1:
+        raise ValueError(f"reward_kwargs.repetition.ngram={ngram} must be at least 1")
+    return [0.0 - repetition(completion_text(completion), ngram) for completion in completions]
+
+
+REWARDS = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "language": language_reward,
+    "length": length_reward,
+    "repetition": repetition_reward,
+}
+
+
+# ---------------------------------------------------------------- by name
+
+
+def is_function_path(name):
+    """Whether a name means a function in a user's file: path/to/file.py:function."""
+    return ".py:" in name
+
+
+def _load_function(name):
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"reward {name!r}: there is no file {path} in {Path.cwd()}; write path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise: the way to it is chained
+        raise ValueError(f"reward {name!r}: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    function = getattr(module, attribute, None)
+    if function is None or not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"reward {name!r}: {path} has no function {attribute!r}; it has {', '.join(known) or 'none'}")
+    return function
+
+
+def _with_settings(name, function, settings):
+    """The function with its settings given and its registry name, which is what is logged."""
+    accepted = inspect.signature(function).parameters
+    for key in settings:
+        if key not in accepted or accepted[key].kind is inspect.Parameter.VAR_KEYWORD:
+            known = [n for n, p in accepted.items() if p.default is not inspect.Parameter.empty]
+            raise ValueError(f"reward_kwargs.{name} holds {key!r}; {name} takes {', '.join(known) or 'no settings'}")
+    if inspect.iscoroutinefunction(function):
+
+        async def bound(*args, **kwargs):
+            return await function(*args, **(kwargs | settings))
+    else:
+
+        def bound(*args, **kwargs):
+            return function(*args, **(kwargs | settings))
+
+    bound = functools.wraps(function)(bound)
+    bound.__name__ = name
+    return bound
+
+
+def get_rewards(names, settings=None):
+    """[reward function] for names of REWARDS or `path/to/file.py:function`.
+
+    Args:
+        settings: {name: {argument: value}}, for a user's function under its function name.
+    Raises:
+        ValueError: for an unknown name, listing the known ones, closest first; for unknown settings.
+    """
+    settings, found = dict(settings or {}), []
+    for name in names:
+        if is_function_path(name):
+            function, label = _load_function(name), name.rpartition(":")[2]
+        elif name in REWARDS:
+            function, label = REWARDS[name], name
+        else:
+            close = difflib.get_close_matches(str(name), REWARDS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"unknown reward {name!r}; {hint}known are {', '.join(REWARDS)}, a function of yours as "
+                "path/to/file.py:function, or a reward model's folder"
+            )
+        found.append(_with_settings(label, function, settings.pop(label, {})))
+    if settings:
+        raise ValueError(f"reward_kwargs holds {', '.join(settings)}, which is not among the rewards {', '.join(names)}")
+    return found

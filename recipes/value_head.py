@@ -1,0 +1,163 @@
+"""The value function of PPO: a head on the policy's own trunk, or a model of its own.
+
+Either is a submodule `value_head` of the causal LM and runs inside the LM's forward pass, so that DDP, FSDP, the
+optimizer and the checkpoints see it. On disk it is a file of its own, and the policy beside it a plain causal LM.
+"""
+
+import contextlib
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from trl.trainer.utils import FusedCausalLMOutput
+
+VALUE_FILE = "value_head.safetensors"
+KINDS = ("shared", "separate")
+
+
+@dataclass
+class PPOModelOutput(FusedCausalLMOutput):
+    """`FusedCausalLMOutput` and `value_preds` (B, S) float32: value of the state after each token."""
+
+    value_preds: torch.Tensor | None = None
+
+
+class ValueHead(nn.Module):
+    """V(s) from the last hidden state, in float32 also under autocast; 0 everywhere at first.
+
+    A trunk of its own gets a linear head, as a reward model has it. On the policy's trunk, whose last state serves the
+    next token's logits, there is a hidden layer in between (measured: benchmarks/LOG.md, PPO against TRL's).
+
+    Args:
+        trunk: None: the policy's hidden states are used, and trained through; else a backbone of its own.
+    Shapes: hidden_states (B, S, D) of the policy -> (B, S) float32.
+    """
+
+    def __init__(self, hidden_size, trunk=None):
+        super().__init__()
+        self.trunk = trunk
+        self.hidden = nn.Linear(hidden_size, hidden_size, dtype=torch.float32) if trunk is None else None
+        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states, inputs):
+        if self.trunk is not None:
+            names = ("input_ids", "attention_mask", "position_ids")
+            given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+            hidden_states = self.trunk(**given, use_cache=False).last_hidden_state
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.float()
+            if self.hidden is not None:
+                hidden_states = nn.functional.silu(self.hidden(hidden_states))
+            return self.linear(hidden_states).squeeze(-1)
+
+
+def _model_of(model):
+    """(trunk, weight of its scalar head or None) of a reward model or any other model with a backbone."""
+    if isinstance(model, str):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
+        fresh = any(name.startswith("score.") for name in report["missing_keys"])
+    else:
+        fresh = False
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Linear) and score.out_features != 1:
+        raise ValueError(f"value_model: its head has {score.out_features} outputs, a value is one: set num_labels=1")
+    weight = score.weight if isinstance(score, nn.Linear) and not fresh else None
+    return model.base_model, weight
+
+
+def build_value_head(policy, kind, source=None):
+    """The `ValueHead` of a policy.
+
+    Args:
+        policy: the causal LM (without PEFT's wrapper).
+        kind: "shared" (the policy's trunk) or "separate" (a trunk of its own).
+        source: separate: a reward model, as InstructGPT has it (arXiv:2203.02155, Sec. 3.5), or another model, or a
+            folder or Hub name of one; None: a copy of the policy's trunk. shared: a folder with an earlier run's
+            `value_head.safetensors`. None starts at 0.
+    Raises:
+        ValueError: for an unknown kind, a source that does not fit the policy's tokens, or a folder without values.
+    """
+    config = policy.config.get_text_config()
+    if kind not in KINDS:
+        raise ValueError(f"value_function={kind!r} must be one of {', '.join(KINDS)}")
+    if isinstance(source, str) and (Path(source) / VALUE_FILE).is_file():
+        with safe_open(Path(source) / VALUE_FILE, "pt") as file:
+            saved = (file.metadata() or {}).get("kind", "shared")
+        if saved != kind:
+            raise ValueError(
+                f"value_model_name_or_path={source} holds a {saved} value function; set value_function={saved}"
+            )
+        head = ValueHead(config.hidden_size) if kind == "shared" else _separate_head(policy, None)
+        load_value_head(head, source)
+        return head
+    if kind == "shared":
+        if source is not None:
+            raise ValueError(
+                f"value_model_name_or_path={source} has no {VALUE_FILE}: value_function=shared reads only that from an "
+                "earlier run; leave it out, or set value_function=separate"
+            )
+        return ValueHead(config.hidden_size)
+    return _separate_head(policy, source)
+
+
+def _separate_head(policy, source):
+    if source is None:
+        trunk, weight = copy.deepcopy(policy.base_model).float(), None
+    else:
+        trunk, weight = _model_of(source)
+    text_config = trunk.config.get_text_config()
+    if text_config.vocab_size < policy.config.get_text_config().vocab_size:
+        raise ValueError(
+            f"value_model: its vocabulary ({text_config.vocab_size}) is smaller than the policy's "
+            f"({policy.config.get_text_config().vocab_size}): it must read the policy's tokens"
+        )
+    trunk.requires_grad_(True)
+    for layer in getattr(trunk, "mtp_layers", ()):  # they see no token here
+        layer.requires_grad_(False)
+    head = ValueHead(text_config.hidden_size, trunk)
+    if weight is not None:
+        with torch.no_grad():
+            head.linear.weight.copy_(weight)
+    return head
+
+
+# ---------------------------------------------------------------- on disk
+
+
+@contextlib.contextmanager
+def without_value_head(model):
+    """The causal LM as a plain one, for the time being."""
+    head = model._modules.pop("value_head")
+    try:
+        yield head
+    finally:
+        model.value_head = head
+
+
+def save_value_head(head, folder, state_dict=None):
+    """Writes `value_head.safetensors`; `state_dict`: the head's gathered weights where they are sharded."""
+    state = head.state_dict() if state_dict is None else state_dict
+    kind = "shared" if head.trunk is None else "separate"
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(state, Path(folder) / VALUE_FILE, metadata={"format": "pt", "kind": kind})
+
+
+def load_value_head(head, folder):
+    """Reads what `save_value_head` wrote. Raises ValueError where the file is missing or does not fit."""
+    path = Path(folder) / VALUE_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: PPO did not write {folder}, or it was copied without its value function")
+    try:
+        head.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this value function: {json.dumps(str(error)[:300])}") from error
