@@ -201,10 +201,11 @@ def test_values_are_learned(tmp_path, kind):
     """The reward is known from the prompt alone: values can explain all of the returns."""
     trainer = build(
         tmp_path, reward=lambda prompts, **_: [float(prompt < "t2") for prompt in prompts], value_function=kind,
-        max_steps=80, kl_coef=0.0, learning_rate=3e-3, logging_steps=10, entropy_coef=0.0,
+        max_steps=80, kl_coef=0.0, learning_rate=3e-3, value_learning_rate=6e-3, logging_steps=2, entropy_coef=0.0,
     )  # fmt: skip
     trainer.train()
-    assert logged(trainer, "explained_variance")[-1] > 0.5 > logged(trainer, "explained_variance")[0]
+    explained = logged(trainer, "explained_variance")
+    assert sum(explained[-8:]) / 8 > 0.5 > explained[0]
 
 
 def test_a_separate_value_model_starts_from_a_reward_model(tmp_path):
