@@ -28,4 +28,4 @@ def test_a_policy_learns(policy_base, tmp_path, dtype):
 
 def test_a_reward_model_learns(reward_base, tmp_path):
     results = reward.main(on_gpu(test_reward.arguments(reward_base, tmp_path)))
-    assert results["held_out"]["accuracy"]["value"] > 0.9
+    assert results["preferences"]["accuracy"]["value"] > 0.9
