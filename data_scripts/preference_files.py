@@ -1,4 +1,4 @@
-"""The files of preference and prompt sets: train.jsonl, test.jsonl and manifest.json, found finished or written whole."""
+"""The files of preference and prompt sets: train.jsonl, test.jsonl and manifest.json, found finished or made whole."""
 
 import json
 import re

@@ -8,7 +8,7 @@
     python -m data_scripts.prepare_preferences --output_dir data/steps --size nano --kind process
 
 Writes train.jsonl, test.jsonl and manifest.json. A row has `prompt` (messages), `chosen` and `rejected` (one assistant
-message each, "<think>\\n...\\n</think>\\n\\nanswer" as in the SFT sets), `problem`, `source`, `kind` and perhaps `margin`.
+message each, "<think>\\n...\\n</think>\\n\\nanswer" as in the SFT sets), `problem`, `source`, `kind`, perhaps `margin`.
 With --kind process rows have `prompt`, `completions` (lines of reasoning, then the answer) and `labels` (False from the
 first mistake on) instead. Splits are by problem: the task's own split, or a hash. What a held-out row asks is left out
 of training. The manifest holds what length, place and single words alone achieve on the test pairs. A finished set of
@@ -155,7 +155,8 @@ def outside(name, settings):
         rows[split_of(row["problem"], settings.test_share)].append(row)
     if not rows["train"]:
         raise ValueError(f"source {name!r} ({settings.sources[name]}) gave no training pair"
-                         + (f"; {report.skipped} were skipped, the first: {report.examples[0]}" if report.skipped else "")
+                         + (f"; {report.skipped} were skipped, the first: {report.examples[0]}"
+                            if report.skipped else "")
                          + (f"; {report.too_long} are longer than max_characters={settings.max_characters}"
                             if report.too_long else ""))
     return rows, {"skipped": report.skipped, "too long": report.too_long, "examples": report.examples}
@@ -177,7 +178,7 @@ def gather(settings, progress):
 
 
 def merged(found, left_out, settings):
-    """Rows of both splits, shuffled: no row twice, no held-out problem in training, margins where all rows have them."""
+    """Rows of both splits, shuffled: no row twice, no held-out problem in training, margins where all have them."""
     rows, counts = {split: [row for splits in found.values() for row in splits[split]] for split in SPLITS}, Counter()
     if settings.test_share == 0 and not settings.test_problems:
         rows["test"] = []
@@ -234,9 +235,7 @@ def prepare(output_dir, *, size="tiny", kind="pairs", tasks=None, problems=None,
     with packed_writer.build_beside(output_dir, OURS, "a preference set") as folder:
         found, left_out, facts = gather(settings, progress)
         rows = merged(found, left_out, settings)
-        results = {} if kind == "process" else {
-            name: baselines(*([row for row in rows[split] if row["source"] == name] for split in SPLITS))
-            for name in found}
+        results = {} if kind == "process" else baselines(rows["train"], rows["test"])
         licences = {name: BUILT_IN.get(name, "see its source") for name in found}
         manifest = {"format": FORMAT[0], "version": FORMAT[1], "fingerprint": fingerprint, "seed": seed,
                     "arguments": dataclasses.asdict(settings), "licences": licences, "question_sets": facts,
@@ -256,7 +255,7 @@ def summary(manifest):
     for name, counts in manifest["left_out"].items():
         said = ", ".join(f"{count:,} {why}" for why, count in counts.items() if isinstance(count, int) and count)
         lines += [f"left out of {name}: {said}"] if said else []
-    return "\n".join(lines + [table(manifest["baselines"])] * bool(any(manifest["baselines"].values())))
+    return "\n".join(lines + [table(manifest["baselines"])] * bool(manifest["baselines"]))
 
 
 def add_arguments(parser):
@@ -271,7 +270,7 @@ def add_arguments(parser):
                              "Parquet file, a folder, or a Hub data set, beside the preset's sources")
     parser.add_argument("--only_given", action="store_true", help="without the preset's sources")
     parser.add_argument("--columns", action="append", default=[], metavar="NAME:FIELD=COLUMN,...",
-                        help="where a source has prompt, chosen, rejected, margin, score_chosen, score_rejected, problem")
+                        help="columns of prompt, chosen, rejected, margin, score_chosen, score_rejected, problem")
     parser.add_argument("--from_samples", help="samples.jsonl of rejection_sampling: right against wrong samples")
     parser.add_argument("--pairs_per_problem", type=int, default=4, help="of samples, at most (default: %(default)s)")
     parser.add_argument("--order", choices=ORDERS, default="random", help="which pairs of samples are taken first")

@@ -44,14 +44,14 @@ def _cell(value):
     return f"{text} <span class=note style='white-space:nowrap'>[{interval}</span>" if bracket else text
 
 
-def _grid(header, rows):
+def grid(header, rows):
     """A table with a header."""
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
 
 
-def _figures(pairs):
+def figures_grid(pairs):
     return "<div class=plots>" + "".join(f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
                                          for svg, caption in pairs) + "</div>"
 
@@ -162,7 +162,7 @@ def _task_figures(result, rows):
     calibration = result["calibration"]
     caption = f"Calibration over problems; confidence: {calibration['confidence']}. Expected calibration error "
     found.append((plots.reliability(calibration), f"{caption}{calibration['ece']:.3f}. Numbers: problems in a bin."))
-    return _figures(found)
+    return figures_grid(found)
 
 
 def build_report(result, rows):
@@ -172,7 +172,7 @@ def build_report(result, rows):
             "page again from eval.json and completions.jsonl.</p>")
     if "tasks" in result:
         note = " ".join([NOTE_INTERVALS, *(f"{_text(line)}." for line in context_note(result))])
-        body += _section("Results", _grid(*task_rows(result)) + f"<p class=note>{note}</p>")
+        body += _section("Results", grid(*task_rows(result)) + f"<p class=note>{note}</p>")
     if "text" in result:
         body += _section("Held-out text", facts_table(text_rows(result)))
     body += _section("Run", _run_facts(result))
@@ -191,18 +191,18 @@ def build_comparison(results, sources):
     title = "Comparison"
     body = f"<h1>{title}</h1><p class=note>{_text(' / '.join(result['name'] for result in results))}</p>"
     note = "<p class=note>Brackets: 95 % intervals over problems.</p>"
-    body += _section("Results", _grid(*model_rows(results)) + note)
+    body += _section("Results", grid(*model_rows(results)) + note)
     header, rows = difference_rows(results)
     if rows:
         note = ("<p class=note>Percentage points of pass@1 on the problems that both models were asked, with 95 % "
                 "intervals of the paired difference; * where 0 lies outside.</p>")
-        body += _section(f"Differences to {results[0]['name']}", _grid(header, rows) + note)
+        body += _section(f"Differences to {results[0]['name']}", grid(header, rows) + note)
     with_tasks = [result for result in results if "tasks" in result]
     if with_tasks:
-        body += "<h2>Figures</h2>" + _figures([(plots.accuracy_bars(with_tasks), "pass@1 with 95 % intervals."),
+        body += "<h2>Figures</h2>" + figures_grid([(plots.accuracy_bars(with_tasks), "pass@1 with 95 % intervals."),
                                                (plots.length_bars(with_tasks), "Mean length of completions.")])
         for result in with_tasks:
-            body += _section(result["name"], _grid(*task_rows(result)))
+            body += _section(result["name"], grid(*task_rows(result)))
     if differences := settings_differences(results):
         body += _section("Settings that differ", "<br>".join(map(_text, differences)))
     body += _section("Sources", facts_table([(result["name"], source) for result, source in zip(results, sources)]))
@@ -214,13 +214,13 @@ def before_and_after(stages, run_dir):
     results = [stages[name] for name in ("before", "after") if name in stages]
     if not results:
         return ""
-    body = _section("Held-out problems", _grid(*model_rows(results)) + f"<p class=note>{NOTE_INTERVALS}</p>"
-                    + _grid(*task_rows(results[-1])))
+    body = _section("Held-out problems", grid(*model_rows(results)) + f"<p class=note>{NOTE_INTERVALS}</p>"
+                    + grid(*task_rows(results[-1])))
     header, rows = difference_rows(results)
     if rows:
-        body += _section("Change", _grid(header, rows) + "<p class=note>Percentage points on the same problems, with "
+        body += _section("Change", grid(header, rows) + "<p class=note>Percentage points on the same problems, with "
                          "95 % intervals of the paired difference; * where 0 lies outside.</p>")
-    body += _figures([(plots.accuracy_bars(results), "pass@1 with 95 % intervals."),
+    body += figures_grid([(plots.accuracy_bars(results), "pass@1 with 95 % intervals."),
                       (plots.outcome_bars(results[-1]), "What completions came to in the end, by task.")])
     completions = read_completions(Path(run_dir) / "eval_after" / COMPLETIONS)
     return body + (f"<h2>Answers after training</h2>{_examples(completions)}" if completions else "")

@@ -57,6 +57,7 @@ RL_NAMES = {
     "completions/mean_length": "length",
     "completions/clipped_ratio": "cut off",
     "completions/empty": "empty",
+    "completions/unscored": "unscored",
     "seconds/rollout": "rollout seconds",
     "seconds/scoring": "scoring seconds",
     "seconds/update": "update seconds",

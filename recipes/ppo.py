@@ -34,16 +34,17 @@ from recipes.stage_results import evaluate_before
 # What a resumed run must share beyond `resume_guard.TRAJECTORY_FIELDS`.
 GUARDED = (
     "rewards", "track_rewards", "reward_weights", "reward_kwargs", "normalise_rewards", "num_generations",
-    "num_ppo_epochs", "num_mini_batches", "max_completion_length", "max_prompt_length", "temperature", "top_p", "top_k", "gamma", "lam",
-    "vf_coef", "cliprange_value", "epsilon", "epsilon_high", "entropy_coef", "kl_coef", "kl_estimator", "kl_target",
+    "num_ppo_epochs", "num_mini_batches", "max_completion_length", "max_prompt_length", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "gamma", "lam", "vf_coef",
+    "cliprange_value", "epsilon", "epsilon_high", "entropy_coef", "kl_coef", "kl_estimator", "kl_target",
     "kl_horizon", "whiten_rewards", "whiten_advantages", "truncated_completions", "missing_eos_penalty",
-    "expert_balance", "value_function", "value_model_name_or_path", "value_learning_rate", "ref_model_name_or_path",
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_groups", "lora_target_modules",
+    "expert_balance", "value_function", "value_model_name_or_path", "value_learning_rate", "value_trunk_gradient",
+    "ref_model_name_or_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_groups", "lora_target_modules",
 )  # fmt: skip
 
 
 def build_models(args, tokenizer):
-    """(policy, with adapters where `lora_rank` asks for them; reference, or None: the trainer takes the policy's copy)."""
+    """(policy, with adapters where `lora_rank` asks for them; reference or None: the trainer copies the policy)."""
     policy = load_causal_lm(args, tokenizer, quantization_config(args))
     if args.lora_rank:
         policy = add_adapters(policy, args)

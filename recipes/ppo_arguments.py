@@ -13,6 +13,13 @@ REPLACED = {
     "delta": "epsilon_high", "mask_truncated_completions": "truncated_completions: mask",
     "top_entropy_quantile": "entropy_coef", "use_adaptive_entropy": "entropy_coef",
     "use_bias_correction_kl": "kl_estimator", "off_policy_mask_threshold": "epsilon", "sync_ref_model": "kl_coef",
+    "ref_model_mixup_alpha": "kl_coef", "ref_model_sync_steps": "kl_coef", "entropy_target": "entropy_coef",
+    "entropy_coef_min": "entropy_coef", "entropy_coef_max": "entropy_coef", "entropy_coef_delta": "entropy_coef",
+    **{
+        name: "nothing: the loss is PPO's"
+        for name in ("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos",
+                     "vespo_lambda_neg")
+    },
     "router_aux_loss_coef": "the model's own balance: expert_balance, seq_aux_loss_alpha",
     "use_liger_kernel": "nothing: the head is fused already",
 }  # fmt: skip
@@ -55,6 +62,11 @@ class PPOConfig(GRPOConfig):
         None,
         "Learning rate of the value function. Default: ten times learning_rate for a head on the policy's trunk, "
         "learning_rate for a model of its own.",
+    )
+    value_trunk_gradient: bool = _setting(
+        False,
+        "Whether the value loss trains the policy's trunk as well (value_function=shared). It disturbs a policy that "
+        "is good already (benchmarks/LOG.md).",
     )
     vf_coef: float = _setting(0.5, "Weight of the value loss.")
     cliprange_value: float | None = _setting(
@@ -140,12 +152,18 @@ class PPOConfig(GRPOConfig):
             ("value_learning_rate", self.value_learning_rate is None or self.value_learning_rate > 0, "positive"),
             ("temperature", self.temperature > 0, "positive: PPO learns from what it samples"),
             ("max_prompt_length", self.max_prompt_length is None or self.max_prompt_length >= 1, "at least 1"),
+            ("reward_weights", not self.reward_weights or any(self.reward_weights), "other than 0, one at least"),
         )
         for name, holds, allowed in rules:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)} must be {allowed}")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target} needs a kl_coef above 0 to start from")
+        if self.missing_eos_penalty and self.truncated_completions != "score":
+            raise ValueError(
+                f"missing_eos_penalty={self.missing_eos_penalty} has no effect with truncated_completions="
+                f"{self.truncated_completions}, where a completion that was cut off has no score; use score"
+            )
 
     def _check_replaced(self):
         # What `__post_init__` has set itself may be there already where a config is made from another one.

@@ -4,8 +4,16 @@ from pathlib import Path
 
 import torch
 
+from recipes.checkpoint_files import find_problem, is_ours, list_checkpoints
 from recipes.ppo_setup import causal_lm
 from recipes.value_head import load_value_head, save_value_head, without_value_head
+
+
+def _is_complete(checkpoint):
+    """Whether its save ended: by our marker, or by the file that transformers writes last."""
+    if is_ours(checkpoint):
+        return find_problem(checkpoint, hashes=False) is None
+    return (checkpoint / "trainer_state.json").is_file()
 
 
 class PPOCheckpointMixin:
@@ -42,6 +50,21 @@ class PPOCheckpointMixin:
             super()._load_best_model()
         load_value_head(head, self.state.best_model_checkpoint)
 
+    def _check_kl(self, kl):
+        """FloatingPointError where KL, in nats per token, exceeds `max_kl`; names the last checkpoint before that."""
+        args, step = self.args, self.state.global_step
+        if args.max_kl is None or kl <= args.max_kl:  # NaN does not pass
+            return
+        of_a_rollout = args.num_ppo_epochs * args.num_mini_batches
+        measured = (step - 1) // of_a_rollout * of_a_rollout  # by then the rollout before this one had been fine
+        kept = [path for at, path in list_checkpoints(args.output_dir) if at <= measured and _is_complete(path)]
+        good = f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint from before"
+        raise FloatingPointError(
+            f"KL to the reference is {kl:.3g} nats per token at step {step}, above max_kl={args.max_kl}: the policy "
+            f"has left it. {good}; go on from one with a lower learning_rate={args.learning_rate:g} or a higher "
+            f"kl_coef={args.kl_coef}, or raise max_kl"
+        )
+
     # -- the state of the rollout, one file a process
 
     def _expert_counts(self):
@@ -65,8 +88,8 @@ class PPOCheckpointMixin:
         path = self._rollout_file(checkpoint)
         if not path.is_file():
             raise ValueError(
-                f"{path} is missing: a PPO run is resumed on as many processes as it was started on; start a new run "
-                "from its weights with another number"
+                f"{path} is missing: the checkpoint was saved with save_only_model, or by another number of processes "
+                "than now; start a new run from its weights"
             )
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self.kl_coef, self._buffered_inputs = state["step"], state["kl_coef"], state["rollout"]

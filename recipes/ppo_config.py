@@ -1,11 +1,25 @@
 """The settings of `recipes/ppo.py`: one typed dataclass, read from YAML and the command line."""
 
 import json
+import math
 from dataclasses import dataclass, field
 
 from recipes.ppo_arguments import PPOConfig
 from recipes.run_settings import RunSettings, setting
 from recipes.stage_settings import AdapterSettings, ModelSettings, TaskSettings, check_rules
+
+
+def _settings_by_name(given):
+    """`reward_kwargs` as {name: {argument: value}}, from YAML or, on the command line, JSON."""
+    try:
+        settings = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"reward_kwargs={given!r} is not JSON: {error}") from error
+    if settings is not None and not (
+        isinstance(settings, dict) and all(isinstance(value, dict) for value in settings.values())
+    ):
+        raise ValueError(f'reward_kwargs={given!r} must hold settings by name, e.g. {{"length": {{"buffer": 64}}}}')
+    return settings
 
 
 @dataclass
@@ -33,7 +47,7 @@ class PPORecipeConfig(ModelSettings, AdapterSettings, TaskSettings, RunSettings,
     # -- rewards
     rewards: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Names of recipes/rewards.py, path/to/file.py:function, or reward models (folder, Hub name)."},
+        metadata={"help": "Names in recipes/rewards.py, path/to/file.py:function, or reward models: folder, Hub name."},
     )
     track_rewards: list[str] = field(
         default_factory=list, metadata={"help": "Further rewards that are only logged, e.g. accuracy beside a model's."}
@@ -48,28 +62,21 @@ class PPORecipeConfig(ModelSettings, AdapterSettings, TaskSettings, RunSettings,
     # -- optimisation
     ema_decay: float = setting(0.0, "Decay of an average of the weights, saved in output_dir/ema; 0: none.")
     # -- logs
-    sample_steps: int = setting(0, "Completions with their rewards into metrics.jsonl every so many steps; 0: at the end.")
+    sample_steps: int = setting(
+        0, "Completions with their rewards go into metrics.jsonl every so many steps, and at the end; 0: at the end."
+    )
     # -- what to do
-    dry_run: bool = setting(False, "Print what the data become and how the rewards judge, then stop.")
+    dry_run: bool = setting(False, "Print what the data become and what the rewards weigh, then stop.")
 
-    # Read by recipes/model_loading.py: PPO freezes these layers (recipes/ppo.py).
+    # Read by recipes/model_loading.py: PPO freezes these layers (recipes/ppo_trainer.py).
     mtp_loss_coef = None
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.reward_kwargs, str):
-            self.reward_kwargs = json.loads(self.reward_kwargs)
+        self.reward_kwargs = _settings_by_name(self.reward_kwargs)
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect in PPO; leave it out")
-        if not self.rewards:
-            raise ValueError("rewards is empty; name at least one, e.g. accuracy")
-        repeated = {name for name in self.all_rewards if self.all_rewards.count(name) > 1}
-        if repeated:
-            raise ValueError(f"rewards and track_rewards name {', '.join(sorted(repeated))} twice; keep one")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights={self.reward_weights} must hold one weight for each of rewards={', '.join(self.rewards)}"
-            )
+        self._check_rewards()
         check_rules(
             self,
             (
@@ -80,6 +87,20 @@ class PPORecipeConfig(ModelSettings, AdapterSettings, TaskSettings, RunSettings,
                 ("sample_steps", self.sample_steps >= 0, "zero or more"),
             ),
         )
+
+    def _check_rewards(self):
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one, e.g. accuracy")
+        repeated = {name for name in self.all_rewards if self.all_rewards.count(name) > 1}
+        if repeated:
+            raise ValueError(f"rewards and track_rewards name {', '.join(sorted(repeated))} twice; keep one")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights={self.reward_weights} must hold one weight for each of rewards="
+                f"{', '.join(self.rewards)}"
+            )
+        if self.reward_weights and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights={self.reward_weights} must be finite")
 
     @property
     def all_rewards(self):

@@ -11,6 +11,7 @@ import json
 from trl.data_utils import is_conversational
 
 from recipes.conversations import as_messages
+from recipes.ppo_setup import prompt_budget
 from recipes.sft_data import read_splits
 
 
@@ -33,7 +34,9 @@ def _prompts(rows, where):
         _check_prompt(prompt, f"{where}, row {place}")
     if len(kinds) > 1:
         text, messages = kinds["text"], kinds["messages"]
-        raise ValueError(f"{where} mixes formats: row {text} has a text as prompt, row {messages} messages; bring one form")
+        raise ValueError(
+            f"{where} mixes formats: row {text} has a text as prompt, row {messages} messages; bring one form"
+        )
     if "messages" in kinds:
         messages = [as_messages(prompt, "prompt") for prompt in given]
         if messages != given:  # other spellings
@@ -101,17 +104,14 @@ def hold_out_prompts(rows, share, seed):
             rows.select([place for place, out in enumerate(held_out) if out]))  # fmt: skip
 
 
-def prompt_limit(args, model_config=None):
-    """Tokens a prompt may have: `max_prompt_length`, and what the model's context leaves beside the completion."""
-    context = getattr(model_config, "max_position_embeddings", None)
-    left = context - args.max_completion_length if context else None
-    if left is not None and left < 1:
+def _check_verifiers(rewards, rows, where):
+    """ValueError where `accuracy` alone counts and no row names the task that verifies it: nothing would be learned."""
+    verified = "task" in rows.column_names and any(task is not None for task in rows["task"])
+    if list(rewards) == ["accuracy"] and not verified:
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{context} tokens; lower it"
+            f"rewards=accuracy, but no row of {where} has a task that verifies its answer; make prompts with python -m "
+            "data_scripts.prepare_prompts --tasks, or name a reward that judges every completion"
         )
-    limits = [limit for limit in (args.max_prompt_length, left) if limit is not None]
-    return min(limits) if limits else None
 
 
 def build_prompts(args, tokenizer, model_config=None):
@@ -120,7 +120,7 @@ def build_prompts(args, tokenizer, model_config=None):
     Raises:
         ValueError: for data that cannot be used; for fewer prompts than one rollout takes.
     """
-    template_kwargs, limit = getattr(args, "chat_template_kwargs", None), prompt_limit(args, model_config)
+    template_kwargs, limit = args.chat_template_kwargs, prompt_budget(args, model_config, None)
     try:
         train, held_out = read_splits(args.dataset_name)
     except FileNotFoundError as error:
@@ -151,5 +151,6 @@ def build_prompts(args, tokenizer, model_config=None):
     if held_out is not None and len(held_out) > args.max_eval_prompts:
         held_out = held_out.shuffle(seed=args.seed).select(range(args.max_eval_prompts))
         facts["held out"] += f"; {args.max_eval_prompts} of them are asked"
+    _check_verifiers(args.rewards, train, args.dataset_name)
     facts["checksum"] = hashlib.sha256(json.dumps(train["prompt"][:], sort_keys=True).encode()).hexdigest()
     return train, held_out, facts

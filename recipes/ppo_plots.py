@@ -16,11 +16,11 @@ def _curve(label, records, read):
 
 
 def _plain(label, records, name):
-    return _curve(label, records, lambda record: record.get(name))
+    return _curve(label, records, _component(name))
 
 
-def _component(group, name):
-    return lambda record: record.get(group, {}).get(name)
+def _component(group, name=None):
+    return lambda record: record.get(group) if name is None else record.get(group, {}).get(name)
 
 
 def reward_curves(train, evals):
@@ -53,7 +53,8 @@ def time_plot(times):
     """SVG of the seconds of a rollout, its scoring and its updates, stacked."""
     steps, *values = zip(*times)
     figure, axes = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
-    axes.stackplot(steps, numpy.array(values), labels=[name.split()[0] for name in TIMES], colors=COLORS[:3], alpha=0.75)
+    labels = [name.split()[0] for name in TIMES]
+    axes.stackplot(steps, numpy.array(values), labels=labels, colors=COLORS[:3], alpha=0.75)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("seconds")
     for side in ("top", "right"):
@@ -71,12 +72,13 @@ def ppo_figures(train, evals):
     groups = (
         ("nats per token", "KL to the reference, sampled. Approximate KL: between the policy and that of the rollout.",
          (("to the reference", "kl"), ("within a rollout", "approx kl"))),
-        ("nats per token", "Entropy of the policy's next token, mean over completions' tokens.", (("entropy", "entropy"),)),
+        ("nats per token", "Entropy of the policy's next token, mean over completions' tokens.",
+         (("entropy", "entropy"),)),
         ("tokens", "Mean length of completions.", (("length", "length"),)),
-        ("share of completions", "Completions cut off at the limit, and empty ones.",
-         (("cut off", "cut off"), ("empty", "empty"))),
-        ("value loss", "Loss of the value function, clipped, before its weight.", (("value loss", "value loss"),)),
-        ("explained variance", "Share of the variance of the returns that the values explain; 0: no better than a constant.",
+        ("share of completions", "Completions cut off at the limit, empty ones, and those that no reward could judge.",
+         (("cut off", "cut off"), ("empty", "empty"), ("unscored", "unscored"))),
+        ("value loss", "Loss of the value function, before its weight.", (("value loss", "value loss"),)),
+        ("explained variance", "Share of the returns' variance that the values explain; 0: no better than a constant.",
          (("explained variance", "explained variance"),)),
         ("share of tokens", "Tokens whose ratio, or value, the clip range cut.",
          (("ratio", "clip fraction"), ("value", "value clip fraction"))),
@@ -87,8 +89,16 @@ def ppo_figures(train, evals):
         if curves:
             made.append((plot(curves, ylabel), caption))
     if times := rollout_times(train):
-        made.append((time_plot(times), "Where the time goes: sampling, rewards and log-probabilities, updates; seconds."))
+        caption = "Where the time of a rollout goes: sampling; rewards and log-probabilities (scoring); updates."
+        made.append((time_plot(times), caption))
     return made
+
+
+def _both_ends(records, read):
+    """`0.312 -> 0.541`: means over the first and the last fifth of the records, as a single rollout is noisy."""
+    values, fifth = list(map(read, records)), max(1, len(records) // 5)
+    ends = ([value for value in part if value is not None] for part in (values[:fifth], values[-fifth:]))
+    return " -> ".join(f"{sum(end) / len(end):.3f}" if end else "none" for end in ends)
 
 
 def ppo_rows(train, evaluation):
@@ -96,19 +106,18 @@ def ppo_rows(train, evaluation):
     records = [record for record in train if record.get("reward") is not None]
     rows = []
     if records:
-        first, last = records[0], records[-1]
-        rows.append(("reward, first and last logged", f"{first['reward']:.3f} -> {last['reward']:.3f}"))
+        last = records[-1]
+        rows.append(("reward, first and last fifth of the run", _both_ends(records, _component("reward"))))
         for name in last.get("rewards", {}):
-            ends = [record.get("rewards", {}).get(name) for record in (first, last)]
-            text = " -> ".join("none" if value is None else f"{value:.3f}" for value in ends)
-            rows.append((f"reward {name}", text))
+            rows.append((f"reward: {name}", _both_ends(records, _component("rewards", name))))
         if last.get("kl") is not None:
-            rows.append(("KL to the reference", f"{last['kl']:.4f} nats per token"))
+            rows.append(("KL to the reference, at the end", f"{last['kl']:.4f} nats per token"))
         totals = numpy.array([times[1:] for times in rollout_times(train)]).sum(0)
         if totals.any():
             shares = (f"{name.split()[0]} {share:.0%}" for name, share in zip(TIMES, totals / totals.sum()))
             rows.append(("time", ", ".join(shares)))
     if held_out := evaluation.get("held_out_rewards"):
-        values = (f"{name} {'none' if value is None else format(value, '.3f')}" for name, value in held_out.items())
-        rows.append(("rewards on held-out prompts", ", ".join(values)))
+        values = [("sum", held_out["reward"]), *held_out["rewards"].items()]
+        shown = (f"{name} {'none' if value is None else format(value, '.3f')}" for name, value in values)
+        rows.append(("rewards on held-out prompts", ", ".join(shown)))
     return rows

@@ -1,21 +1,16 @@
 """PPO inside a run folder: the trainer with safe checkpoints and speed, samples with rewards, and the end of a run."""
 
-import json
 import math
-from pathlib import Path
 
 from transformers import TrainerCallback
 
-from recipes.checkpoint_files import write_atomically
-from recipes.ema import EMACallback
-from recipes.logging_callbacks import METRICS_FILE, read_metrics, write_run_config
+from recipes.logging_callbacks import eval_record, write_run_config
 from recipes.ppo_setup import causal_lm
 from recipes.ppo_trainer import PPOTrainer
 from recipes.recipe_trainer import RecipeTrainerMixin
-from recipes.reporting import result_rows, write_report
 from recipes.rewards import completion_text
-from recipes.run_results import text_table
-from recipes.stage_results import evaluate_stage, save_merged, sizes_of
+from recipes.run_results import conclude, save_average, text_table
+from recipes.stage_results import evaluate_after, save_merged, sizes_of
 from recipes.value_head import without_value_head
 
 SAMPLES = 4  # completions of a rollout that a record of samples shows
@@ -53,13 +48,13 @@ def _number(value):
 
 
 class CompletionCallback(TrainerCallback):
-    """Writes completions of the latest rollout with their rewards, every `steps` optimizer steps and at the last one."""
+    """Writes the latest completions with their rewards, every `steps` optimizer steps and at the last one."""
 
     def __init__(self, trainer, log, steps):
         self.trainer, self.log, self.steps = trainer, log, steps
 
     def samples(self):
-        """[{"prompt", "completion", "rewards": {name: number or None}}] of the trainer's latest rollout."""
+        """[{"prompt", "completion", "rewards": {name: number or None}}] that the trainer has kept."""
         logs = self.trainer._logs
         rewards = {name: list(values) for name, values in logs["rewards"].items()}
         pairs = list(zip(logs["prompt"], logs["completion"]))[:SAMPLES]
@@ -110,21 +105,9 @@ def announce_run(trainer, facts):
 
 
 def _held_out_rewards(trainer):
-    """{"reward": mean score, each reward's name: its mean} of one completion for each held-out prompt."""
-    metrics = trainer.evaluate(metric_key_prefix="final")
-    found = {"reward": metrics["eval_reward"]}
-    for name, value in metrics.items():
-        if name.startswith("eval_rewards/") and name.endswith("/mean"):
-            found[name.removeprefix("eval_rewards/").removesuffix("/mean")] = value
-    return found
-
-
-def _save_average(trainer):
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, EMACallback):
-            with callback.applied(model):
-                trainer._save(str(Path(trainer.args.output_dir) / "ema"))
+    """{"reward": mean of the weighted sum, "rewards": {name: mean}} of one completion for each held-out prompt."""
+    found = eval_record(trainer.state.global_step, trainer.evaluate(metric_key_prefix="final"))
+    return {"reward": found["eval reward"], "rewards": found["eval rewards"]}
 
 
 def finish_run(trainer, before):
@@ -133,19 +116,13 @@ def finish_run(trainer, before):
     if trainer.eval_dataset is not None:
         results["held_out_rewards"] = _held_out_rewards(trainer)
     trainer.save_model()
-    _save_average(trainer)
+    save_average(trainer)
     if args.eval_tasks:
-        trained = trainer.state.global_step > trainer.first_step  # else the answers of a killed evaluation still hold
-        after = evaluate_stage(trainer, "after", trained)
-        results["tasks"] = ({"before": before} if before else {}) | {"after": after}
+        results["tasks"] = evaluate_after(trainer, before)
     if not trainer.is_world_process_zero():
         return results
     if args.lora_rank and args.merge_adapter:
         with without_value_head(causal_lm(trainer.accelerator.unwrap_model(trainer.model))):
             ids = trainer.processing_class("What is 2 + 3?")["input_ids"]
             results["merged_logits_difference"] = save_merged(trainer, ids)
-    write_atomically(Path(args.output_dir) / "eval.json", json.dumps(results, indent=1))
-    report = write_report(args.output_dir)
-    rows = result_rows(read_metrics(Path(args.output_dir) / METRICS_FILE), results, {})
-    print(text_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
-    return results
+    return conclude(args.output_dir, results)

@@ -8,19 +8,23 @@ from recipes.rewards import REWARDS, get_rewards, is_function_path
 
 
 def _is_reward_model(name):
-    return Path(name).expanduser().is_dir() or (name not in REWARDS and "/" in name and not is_function_path(name))
+    """A folder, or org/name of the Hub; rules go first: a folder called `format` in the working directory is none."""
+    if name in REWARDS or is_function_path(name):
+        return False
+    return "/" in name or Path(name).expanduser().is_dir()
 
 
 def _model_reward(name, args, policy_tokenizer):
+    folder = Path(name).expanduser()
     try:
-        model, tokenizer = load_reward_model(name, trust_remote_code=args.trust_remote_code)
+        model, tokenizer = load_reward_model(str(folder), trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the reward model {name} cannot be loaded: {error}; recipes/reward.py trains one and saves its tokenizer "
             "beside it"
         ) from error
     return ModelReward(
-        model, tokenizer, policy_tokenizer, batch_size=args.reward_batch_size, name=Path(name).name,
+        model, tokenizer, policy_tokenizer, batch_size=args.reward_batch_size, name=folder.resolve().name,
         chat_template_kwargs=args.chat_template_kwargs, normalise=args.normalise_rewards,
     )  # fmt: skip
 

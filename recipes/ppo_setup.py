@@ -17,11 +17,20 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _from_path(field, path, load):
+def load_named(field, path, load):
+    """`load(path)`; its failure as a ValueError that names the field."""
     try:
         return load(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}={path!r} cannot be loaded: {error}; give an existing folder or Hub name") from error
+
+
+def load_causal_lm(path, args, **defaults):
+    """A causal LM as `args.model_init_kwargs` want it. Each of several processes loads all of it: no device map."""
+    kwargs = defaults | {"trust_remote_code": args.trust_remote_code} | dict(args.model_init_kwargs or {})
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return create_model_from_path(path, **kwargs)
 
 
 def build_reference(model, ref_model, args, adapted):
@@ -39,9 +48,7 @@ def build_reference(model, ref_model, args, adapted):
     if ref_model is None:
         ref_model = copy.deepcopy(model)
     elif isinstance(ref_model, str):
-        kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
-        kwargs.setdefault("dtype", model.dtype)
-        ref_model = _from_path("ref_model", ref_model, lambda path: create_model_from_path(path, **kwargs))
+        ref_model = load_named("ref_model", ref_model, lambda path: load_causal_lm(path, args, dtype=model.dtype))
     if ref_model is model:
         raise ValueError("ref_model is the policy itself: KL would be 0; leave it out, and a copy is made")
     policy, reference = (each.config.get_text_config().vocab_size for each in (model, ref_model))
@@ -51,13 +58,33 @@ def build_reference(model, ref_model, args, adapted):
     return ref_model.eval().requires_grad_(False)
 
 
-def prepare_frozen(model, trainer):
-    """A model that is only read, as the trainer's accelerator wants it."""
+def prompt_budget(args, config, train_dataset):
+    """The longest prompt in tokens, or None. Raises ValueError for too few prompts, or too long a completion."""
+    prompts = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
+        raise ValueError(
+            f"{len(train_dataset)} prompts are fewer than the {prompts} of a rollout: lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches, or raise num_generations"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return args.max_prompt_length
+    budget = context - args.max_completion_length
+    if budget < 1 or (args.max_prompt_length or 1) > budget:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} and max_prompt_length={args.max_prompt_length} exceed "
+            f"the model's context of {context} tokens; lower one of them"
+        )
+    return args.max_prompt_length or budget
+
+
+def prepare_frozen(model, trainer, shard=True):
+    """A model that is only read, as the trainer's accelerator wants it; `shard`: spread over the processes by FSDP."""
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and shard:
         return prepare_fsdp(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 
 def reward_functions(rewards, tokenizers, policy_tokenizer, batch_size, chat_template_kwargs):
@@ -73,11 +100,11 @@ def reward_functions(rewards, tokenizers, policy_tokenizer, batch_size, chat_tem
     functions, models = [], []
     for reward, tokenizer in zip(rewards, tokenizers):
         if isinstance(reward, str):
-            reward = _from_path("reward_funcs", reward, AutoModelForSequenceClassification.from_pretrained)
+            reward = load_named("reward_funcs", reward, AutoModelForSequenceClassification.from_pretrained)
         if isinstance(reward, PreTrainedModel):
             if tokenizer is None:
                 path = reward.config._name_or_path
-                tokenizer = _from_path("tokenizer of the reward model", path, AutoTokenizer.from_pretrained)
+                tokenizer = load_named("tokenizer of the reward model", path, AutoTokenizer.from_pretrained)
             if reward.config.pad_token_id is None:
                 reward.config.pad_token_id = tokenizer.pad_token_id
             reward = ModelReward(
@@ -96,13 +123,14 @@ def never_empty(rollout, eos_token_id):
 
     def call(*args):
         output = rollout(*args)
-        empty = [place for place, ids in enumerate(output["completion_ids"]) if not ids]
-        completion_ids, log_probs = list(output["completion_ids"]), output.get("logprobs")
-        for place in empty:
-            completion_ids[place] = [eos_token_id]
-            if log_probs is not None:
-                log_probs[place] = [0.0]
-        return {**output, "completion_ids": completion_ids, "logprobs": log_probs}
+        if "completion_ids" not in output:
+            return output  # GRPOTrainer says what is missing
+        empty = {place for place, ids in enumerate(output["completion_ids"]) if not len(ids)}
+        output, new = dict(output), {"completion_ids": eos_token_id, "logprobs": 0.0, "env_mask": 1}
+        for name in new.keys() & output.keys():
+            if output[name] is not None:
+                output[name] = [[new[name]] if place in empty else row for place, row in enumerate(output[name])]
+        return output
 
     return call
 
@@ -124,13 +152,40 @@ class RolloutBalanceCallback(ExpertBalanceCallback):
     """Moves the routing biases after the last optimizer step of a rollout, or never (`expert_balance`).
 
     In between they stay as they were when the rollout was sampled and its log-probabilities were taken: the ratio of
-    probabilities measures the update, and not a change of the routing.
+    probabilities measures the update, and not a change of the routing. A separate value model is balanced alike.
     """
 
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for part in balanced_parts(model):
+            super().on_train_begin(args, state, control, model=part, **kwargs)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for part in balanced_parts(model):
+            super().on_step_begin(args, state, control, model=part, **kwargs)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if (state.global_step + 1) % (args.num_ppo_epochs * args.num_mini_batches):
             return  # the counts add up
-        if args.expert_balance == "update":
-            super().on_optimizer_step(args, state, control, model=model, optimizer=optimizer, **kwargs)
-        else:
-            balanced_model(model).update_expert_bias(speed=0.0)
+        for part in balanced_parts(model):
+            if args.expert_balance == "update":
+                super().on_optimizer_step(args, state, control, model=part, **kwargs)
+            else:
+                part.update_expert_bias(speed=0.0)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for part in balanced_parts(model):
+            super().on_train_end(args, state, control, model=part, **kwargs)
+
+
+def count_alone(model):
+    """Keeps DDP from copying the first rank's expert counts to the others, those of a value model too."""
+    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        names = [name for name, _ in model.named_buffers() if name.endswith("load_counts")]
+        model._ddp_params_and_buffers_to_ignore = names
+
+
+def balanced_parts(model):
+    """The DeepSeek models inside `model` whose experts are balanced: the policy and a value model of its own."""
+    policy = balanced_model(model)
+    trunk = getattr(getattr(policy, "value_head", None), "trunk", None)
+    return [policy, trunk] if hasattr(type(trunk), "update_expert_bias") else [policy]

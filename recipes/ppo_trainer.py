@@ -20,7 +20,6 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
-    create_model_from_path,
     get_config_model_id,
     shuffle_sequence_dict,
     split_tensor_dict,
@@ -29,7 +28,6 @@ from trl.trainer.utils import (
 
 from recipes import ppo_losses
 from recipes.callbacks import ExpertBalanceCallback
-from recipes.checkpoint_files import find_problem, list_checkpoints
 from recipes.fused_forward import extend_fused_forward
 from recipes.ppo_arguments import PPOConfig
 from recipes.ppo_checkpoints import PPOCheckpointMixin
@@ -38,8 +36,11 @@ from recipes.ppo_setup import (
     RolloutBalanceCallback,
     build_reference,
     causal_lm,
+    count_alone,
+    load_causal_lm,
     never_empty,
     prepare_frozen,
+    prompt_budget,
     reward_functions,
 )
 from recipes.value_head import PPOModelOutput, build_value_head
@@ -54,7 +55,7 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         reward_funcs: one or several of: a function of TRL's signature (sync or async), a sequence classifier with one
             label, its folder or Hub name; their sum, weighted by `args.reward_weights`, is a completion's score.
         ref_model: model, folder or Hub name that KL is measured against; None: a copy of the policy, or with PEFT the
-            base without its adapter.
+            base without its adapter (give the merged model where the adapter has been trained before).
         value_model: model or name for `value_function="separate"`; None: `args.value_model_name_or_path`.
 
     Multi-token-prediction layers are frozen. `save_model` writes the policy as a plain causal LM and
@@ -67,17 +68,23 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(
         self, model, reward_funcs, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
         reward_processing_classes=None, ref_model=None, value_model=None, callbacks=None, **kwargs,
     ):  # fmt: skip
-        args = PPOConfig(f"{str(model).split('/')[-1]}-PPO") if args is None else args
-        if isinstance(model, str):
-            init_kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
-            model = create_model_from_path(model, **init_kwargs)
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-PPO")
+        init_kwargs, loaded = args.model_init_kwargs, isinstance(model, str)
+        if loaded:
+            quantised = {name: kwargs.pop(name) for name in ("quantization_config",) if name in kwargs}
+            model = load_causal_lm(model, args, **quantised)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+            processing_class = AutoTokenizer.from_pretrained(
+                get_config_model_id(model.config), trust_remote_code=args.trust_remote_code
+            )
         rewards, self._reward_models = reward_functions(
             reward_funcs, reward_processing_classes, processing_class, args.per_device_eval_batch_size,
             args.chat_template_kwargs,
@@ -89,44 +96,32 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         balanced = hasattr(causal_lm(model), "update_expert_bias")
         if balanced and not any(isinstance(callback, ExpertBalanceCallback) for callback in callbacks or []):
             callbacks = [*(callbacks or []), RolloutBalanceCallback()]
-        super().__init__(
-            model, rewards, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processing_class, callbacks=callbacks, **kwargs,
-        )  # fmt: skip
+        try:
+            args.model_init_kwargs = None if loaded else init_kwargs  # else TRL warns that it ignores them
+            super().__init__(
+                model, rewards, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                processing_class=processing_class, callbacks=callbacks, **kwargs,
+            )  # fmt: skip
+        finally:
+            args.model_init_kwargs = init_kwargs
         policy = causal_lm(self.model)
         source = args.value_model_name_or_path if value_model is None else value_model
         policy.value_head = build_value_head(policy, args.value_function, source).to(args.device)
+        policy.value_head.trunk_gradient = args.value_trunk_gradient
+        count_alone(self.model)
         extend_fused_forward(policy, PPOModelOutput, lambda lm, *inputs: {"value_preds": lm.value_head(*inputs)})
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             self.ref_model = prepare_frozen(ref_model, self)
         for reward in self._reward_models:
-            reward.accelerator, reward.model = self.accelerator, prepare_frozen(reward.model, self)
+            reward.accelerator, reward.model = self.accelerator, prepare_frozen(reward.model, self, shard=False)
         if self.rollout_func is not None:
             self.rollout_func = never_empty(self.rollout_func, self.eos_token_ids[0])
         self.kl_coef, self._sums = args.kl_coef, {"train": {}, "eval": {}}
         self._rollout_seconds = self._update_seconds = 0.0
-        self._check_rollout()
+        self.max_prompt_length = prompt_budget(args, self.model.config.get_text_config(), self.train_dataset)
         if self.use_vllm:
             self._sync_policy_only()
-
-    def _check_rollout(self):
-        args, context = self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_prompt_length = args.max_prompt_length
-        if context is not None:
-            budget = context - args.max_completion_length
-            if budget < 1 or (self.max_prompt_length or 1) > budget:
-                raise ValueError(
-                    f"max_completion_length={args.max_completion_length} and max_prompt_length="
-                    f"{args.max_prompt_length} exceed the model's context of {context} tokens; lower one of them"
-                )
-            self.max_prompt_length = self.max_prompt_length or budget
-        prompts = args.generation_batch_size // args.num_generations
-        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < prompts:
-            raise ValueError(
-                f"{len(self.train_dataset)} prompts are fewer than the {prompts} of a rollout: lower "
-                "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches, or raise num_generations"
-            )
 
     def _sync_policy_only(self):
         """vLLM gets the policy's weights and routing biases, which are buffers, and no value function."""
@@ -134,8 +129,9 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
 
         def policy_only():
             yield from ((name, value) for name, value in named() if "value_head." not in name)
-            buffers = self._policy().named_buffers()
-            yield from ((name, value) for name, value in buffers if name.endswith("e_score_correction_bias"))
+            for name, value in self._policy().named_buffers():
+                if name.endswith("e_score_correction_bias") and not name.startswith("value_head."):
+                    yield name, value
 
         self.vllm_generation._iter_named_params = policy_only
 
@@ -147,14 +143,18 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         )  # fmt: skip
 
     def create_optimizer(self, *args, **kwargs):
-        """The value function's parameters in groups of their own, where it has a learning rate of its own."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        of_value = {id(parameter) for parameter in self._policy().value_head.parameters()}
+        """The value function's parameters in groups of their own, where it has a learning rate of its own; also in an
+        optimizer that was made without them."""
+        optimizer, rate = super().create_optimizer(*args, **kwargs), self.args.value_learning_rate
+        of_value = {id(each): each for each in self._policy().value_head.parameters() if each.requires_grad}
+        absent = dict(of_value)
         for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in of_value]
-            if moved and self.args.value_learning_rate != self.args.learning_rate:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_value]
-                optimizer.add_param_group({**group, "params": moved, "lr": self.args.value_learning_rate})
+            moved = [each for each in group["params"] if absent.pop(id(each), None) is not None]
+            if moved and rate != self.args.learning_rate:
+                group["params"] = [each for each in group["params"] if id(each) not in of_value]
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        if absent:
+            optimizer.add_param_group({"params": list(absent.values()), "lr": rate})
         return optimizer
 
     # -- rollout
@@ -245,7 +245,8 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         if args.whiten_advantages:
             rollout["advantages"] = ppo_losses.whiten(rollout["advantages"], mask, self._sum)
         rollout["num_items_in_batch"] = self._sum(mask.sum())
-        self._log_rollout(mode, rollout, scored, time.perf_counter() - start)
+        self._log_advantages(rollout)
+        self._log_rollout(mode, rollout, scored, start)
         return rollout
 
     def _score_rollout(self, rollout, values, ref_log_probs):
@@ -284,7 +285,7 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
     def _sum(self, tensor):
         return self.accelerator.reduce(tensor, "sum")
 
-    def _log_rollout(self, mode, rollout, scored, seconds):
+    def _log_rollout(self, mode, rollout, scored, start):
         """Metrics of a rollout, over the tokens and completions of all processes; adapts kl_coef."""
         args, mask, returns = self.args, rollout["loss_mask"].float(), rollout["returns"]
         errors = (returns - rollout["old_values"]) * mask
@@ -293,6 +294,7 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
             errors.square().sum(), mask.new_tensor(len(mask)), scored["empty"].sum(), scored["unscored"].sum(),
         ]  # fmt: skip
         sums = self._sum(torch.stack([value.double() for value in local])).tolist()
+        seconds = time.perf_counter() - start  # after the sums: a GPU has finished scoring
         tokens, kl, total, squares, error, error_squares, completions, empty, unscored = sums
         tokens, log = max(tokens, 1), self._metrics[mode]
         variance = squares / tokens - (total / tokens) ** 2
@@ -312,16 +314,14 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
                     self.kl_coef, kl / tokens, args.kl_target, completions, args.kl_horizon
                 )
 
-    def _check_kl(self, kl):
-        if self.args.max_kl is None or kl <= self.args.max_kl:  # NaN does not pass
-            return
-        kept = [path for _, path in list_checkpoints(self.args.output_dir) if find_problem(path, hashes=False) is None]
-        good = f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet"
-        raise FloatingPointError(
-            f"KL to the reference is {kl:.3g} nats per token at step {self.state.global_step}, above max_kl="
-            f"{self.args.max_kl}: the policy has left it. {good}; go on from one with a lower learning_rate="
-            f"{self.args.learning_rate:g} or a higher kl_coef={self.args.kl_coef}, or raise max_kl"
-        )
+    def _log_advantages(self, rollout):
+        """The table of completions gets each one's mean advantage in place of GRPO's."""
+        mask, logged = rollout["loss_mask"], self._logs["advantages"]
+        mean = (rollout["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        means = self.accelerator.gather(mean).tolist()
+        kept = list(logged)[: -len(means)]
+        logged.clear()
+        logged.extend(kept + means)
 
     # -- update
 
@@ -379,10 +379,10 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
     def training_step(self, *args, **kwargs):
         """Times the update: what steps take besides rollout and scoring."""
         start, log = time.perf_counter(), self._metrics["train"]
-        rollouts = len(log["seconds/rollout"])
+        rollouts = len(log.get("seconds/rollout", ()))
         loss = super().training_step(*args, **kwargs)
         seconds = time.perf_counter() - start
-        if len(log["seconds/rollout"]) > rollouts:
+        if len(log.get("seconds/rollout", ())) > rollouts:
             seconds -= log["seconds/rollout"][-1] + log["seconds/scoring"][-1]
         self._update_seconds += seconds
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:

@@ -60,8 +60,9 @@ def overrides_of(stage, arguments):
         name, dot, key = argument.removeprefix("--").partition(".")
         if argument.startswith("--"):
             if not dot or name not in STAGES:
-                raise ValueError(f"{argument}: begin it with a stage, e.g. --pretrain.max_steps or --ppo.max_steps; stages are "
-                                 f"{', '.join(STAGES)}")
+                raise ValueError(
+                    f"{argument}: begin it with a stage, e.g. --pretrain.max_steps; stages are {', '.join(STAGES)}"
+                )
             mine, argument = name == stage, f"--{key}"
         found += [argument] if mine else []
     return found
@@ -104,8 +105,11 @@ def write_report(folder, results, seconds):
         if stage == "ppo":
             caption = "Mean reward of the completions, in training and on held-out prompts."
             body += f"<div class=plots><figure>{reward_plot(records)}<figcaption>{caption}</figcaption></figure></div>"
-    tasks = {"before": results["sft"].get("tasks", {}).get("after"), "after": results["ppo"].get("tasks", {}).get("after")}
-    body += before_and_after({name: result for name, result in tasks.items() if result}, folder / "ppo")
+    ends = {"before": ("sft", "fine-tuned"), "after": ("ppo", "after PPO")}
+    body += before_and_after({
+        end: results[stage]["tasks"]["after"] | {"name": name} for end, (stage, name) in ends.items()
+        if "tasks" in results[stage]
+    }, folder / "ppo")  # fmt: skip
     write_atomically(folder / "report.html", page("Quickstart", body))
     return folder / "report.html"
 
@@ -139,5 +143,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # what a user can mend needs no traceback
+    except (ValueError, OSError, FloatingPointError) as error:  # what a user can mend needs no traceback
         sys.exit(f"{type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLORS = ("#1f5fa8", "#c8502e", "#2f8a57", "#8257a8", "#a8842a", "#4a9aa8", "#8a3a5a", "#555555")
 STYLE = """
@@ -47,6 +48,7 @@ def plot(curves, ylabel, references=(), log=False):
     for position, (label, value) in enumerate(references):
         axes.axhline(value, color="#8a939c", linewidth=1, linestyle=("--", ":", "-.")[position % 3], label=label)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     if log:
         axes.set_yscale("log")

@@ -35,6 +35,9 @@ STAGES = {
     "reward": "Reward model", "process_reward": "Process reward model",
 }  # fmt: skip
 
+# Losses that say nothing by themselves, without a unit: what they are made of.
+LOSSES = {"ppo": ("Policy loss + vf_coef x value loss - entropy_coef x entropy", None)}
+
 # ---------------------------------------------------------------- reference values
 
 
@@ -101,8 +104,9 @@ def figures(records, baselines, model=(), stage="pretrain"):
     accuracy = [curve for curve in accuracy if curve[1]]
     made += ppo_figures(train, evals) + reward_curves(train, evals)
     if train:
-        unit = UNITS.get(stage, "nats per token")
-        made.append((plot(losses, f"loss, {unit}"), "Training loss, mean over all micro-batches and processes."))
+        what, unit = LOSSES.get(stage, ("Training loss", UNITS.get(stage, "nats per token")))
+        label = f"loss, {unit}" if unit else "loss"
+        made.append((plot(losses, label), f"{what}, mean over all micro-batches and processes."))
     if accuracy:
         parts = " and ".join(name for name, *_ in accuracy)
         caption = f"Share of the answers' tokens that are the model's most likely ones, {parts}."
@@ -120,10 +124,7 @@ def figures(records, baselines, model=(), stage="pretrain"):
         if steps:
             made.append((plot([(name, steps, values)], ylabel, log=log and min(values) > 0), caption))
     if (load := _load_plot(train, dict(model))) is not None:
-        caption = (
-            "Last step before each log. 1 is even; worst: all tokens at the same experts."
-        )
-        made.append((load, caption))
+        made.append((load, "Last step before each log. 1 is even; worst: all tokens at the same experts."))
     return made
 
 
@@ -147,7 +148,8 @@ def result_rows(records, evaluation, config):
         rows.append(("training tokens", f"{sum(r.get('tokens', 0) for r in train):,}"))
         unit = UNITS.get(evaluation.get("stage"), "nats per token")
         loss = train[-1].get("next-token loss", train[-1]["loss"])
-        rows.append(("last training loss", f"{loss:.4f} {unit}"))
+        if evaluation.get("stage") not in LOSSES:
+            rows.append(("last training loss", f"{loss:.4f} {unit}"))
     for key, label in (("weights", "held out"), ("ema", "held out, averaged weights (EMA)")):
         values = evaluation.get(key)
         if values:

@@ -14,7 +14,8 @@ from recipes.stage_settings import AdapterSettings, ModelSettings, check_rules
 REPLACED = {
     "chat_template_path": "chat_template", "eos_token": "tokenizer_name_or_path with that token",
     "pad_token": "tokenizer_name_or_path with that token", "load_in_4bit": "lora_rank, with the base in 16 or 32 bit",
-    "load_in_8bit": "lora_rank, with the base in 16 or 32 bit", "label_smoothing_factor": "rows of your own with a margin",
+    "load_in_8bit": "lora_rank, with the base in 16 or 32 bit",
+    "label_smoothing_factor": "rows of your own with a margin",
 }  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def score_ids(model, rows, batch_size):
     what else is in its batch.
     """
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-    scores, pad = [0.0] * len(rows), model.config.pad_token_id
+    scores, pad = [0.0] * len(rows), getattr(model, "module", model).config.pad_token_id  # module: DeepSpeed's engine
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         longest = len(rows[places[0]])
@@ -154,8 +154,10 @@ class ModelReward:
     completion that was cut off has no end token. Otherwise the text is rendered with the reward model's own chat
     template, reasoning included.
 
+    `PPOTrainer` places `model` (`ppo_setup.prepare_frozen`: whole on every process) and sets `accelerator`, for
+    its precision; without a trainer the model computes where and as it is.
+
     Args:
-        accelerator: gives device and autocast. None: as the model is.
         chat_template_kwargs: what the policy's prompts are rendered with.
         normalise: (reward - mean) / std by the config's `reward_mean` and `reward_std` (recipes/reward.py).
     Raises:
@@ -164,26 +166,18 @@ class ModelReward:
     """
 
     def __init__(
-        self, model, tokenizer, policy_tokenizer, accelerator=None, batch_size=64, name=None, chat_template_kwargs=None,
-        normalise=False,
+        self, model, tokenizer, policy_tokenizer, batch_size=64, name=None, chat_template_kwargs=None, normalise=False,
     ):  # fmt: skip
         self.__name__ = name or Path(model.config._name_or_path or "reward_model").name
         _check_reward_model(self.__name__, model, tokenizer)
         if batch_size < 1:
             raise ValueError(f"reward_batch_size={batch_size} must be at least 1")
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.accelerator, self.batch_size = accelerator, batch_size
+        self.accelerator, self.batch_size = None, batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.mean, self.std = self._normalisation(model.config) if normalise else (0.0, 1.0)
         self.same_tokens = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         self.model = model.eval().requires_grad_(False)
-        if accelerator is not None:
-            self.model.to(accelerator.device)
-
-    def place(self, trainer):
-        """Moves the model to the trainer's device; it then computes in the trainer's precision."""
-        self.accelerator = trainer.accelerator
-        self.model.to(self.accelerator.device)
 
     def _normalisation(self, config):
         mean, std = (getattr(config, name, None) for name in ("reward_mean", "reward_std"))

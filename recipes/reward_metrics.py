@@ -78,7 +78,8 @@ def length_bias(rewards, lengths, right, groups):
         "mean_tokens": {"chosen": float(lengths[0].mean()), "rejected": float(lengths[1].mean())},
         "accuracy": {},
     }
-    for name, kept in (("chosen longer", difference > 0), ("chosen shorter", difference < 0), ("equal", difference == 0)):
+    parts = (("chosen longer", difference > 0), ("chosen shorter", difference < 0), ("equal", difference == 0))
+    for name, kept in parts:
         if kept.any():
             found["accuracy"][name] = {"pairs": int(kept.sum())} | share(right[kept], groups[kept])
     return found
@@ -91,21 +92,37 @@ def bradley_terry_loss(chosen, rejected, margins, centring=0.0):
     return float(losses.mean())
 
 
-def preference_metrics(chosen, rejected, chosen_tokens, rejected_tokens, problems, sources, margins=0.0, centring=0.0):
-    """Everything about held-out pairs; the first six arguments are lists of one entry a pair."""
-    right, problems, sources = preferred(chosen, rejected), numpy.asarray(problems), numpy.asarray(sources)
+def by_group(groups, unit, right, problems, longer=None):
+    """{group: its number of `unit`, accuracy with interval, and that of preferring the longer side}."""
+    groups, found = numpy.asarray(groups), {}
+    for group in sorted(set(groups.tolist())):
+        kept = groups == group
+        found[group] = {unit: int(kept.sum())} | share(right[kept], problems[kept])
+        if longer is not None:
+            found[group]["longer"] = share(longer[kept], problems[kept])
+    return found
+
+
+def preference_metrics(
+    chosen, rejected, chosen_tokens, rejected_tokens, problems, sources, kinds=None, margins=0.0, centring=0.0
+):
+    """Everything about held-out pairs; the first seven arguments are lists of one entry a pair.
+
+    "by_kind": the kinds of a source, as "source: kind"; pairs whose kind is their source are not there.
+    """
+    right, problems = preferred(chosen, rejected), numpy.asarray(problems)
     rewards = numpy.asarray([chosen, rejected], dtype=float)
     lengths = numpy.asarray([chosen_tokens, rejected_tokens], dtype=float)
     difference = rewards[0] - rewards[1]
-    by_source = {}
-    for source in sorted(set(sources.tolist())):
-        kept = sources == source
-        by_source[source] = {"pairs": int(kept.sum())} | share(right[kept], problems[kept])
     longer = preferred(*lengths)
+    names = [None if kind == source else f"{source}: {kind}" for source, kind in zip(sources, kinds or sources)]
+    kept = numpy.asarray([name is not None for name in names])
+    own = [name for name in names if name is not None]
     return {
         "pairs": len(right), "problems": len(set(problems.tolist())),
         "loss": bradley_terry_loss(chosen, rejected, margins, centring),
-        "accuracy": share(right, problems), "by_source": by_source,
+        "accuracy": share(right, problems), "by_source": by_group(sources, "pairs", right, problems, longer),
+        "by_kind": by_group(own, "pairs", right[kept], problems[kept], longer[kept]),
         "baselines": {"longer": share(longer, problems), "shorter": share(1 - longer, problems)},
         "calibration": calibration(chosen, rejected),
         "length": length_bias(rewards, lengths, right, problems),
@@ -144,26 +161,23 @@ def process_metrics(probabilities, labels, problems, sources, threshold=0.5):
     flat = [p for row in probabilities for p in row]
     truth = [bool(value) for row in labels for value in row]
     groups = numpy.repeat(numpy.asarray(problems), [len(row) for row in labels])
-    correct = [float((p >= threshold) == value) for p, value in zip(flat, truth)]
+    correct = numpy.asarray([float((p >= threshold) == value) for p, value in zip(flat, truth)])
     found = [first_wrong([p >= threshold for p in row]) for row in probabilities]
     wanted = [first_wrong(row) for row in labels]
     hits, problems = numpy.asarray([float(a == b) for a, b in zip(found, wanted)]), numpy.asarray(problems)
     wrong = numpy.asarray(wanted) >= 0
-    parts = {"wrong solutions": wrong, "right solutions": ~wrong}
-    parts = {name: {"solutions": int(kept.sum())} | share(hits[kept], problems[kept]) for name, kept in parts.items() if kept.any()}
+    parts = by_group(numpy.where(wrong, "wrong solutions", "right solutions"), "solutions", hits, problems)
     values = [part["value"] for part in parts.values()]
     f1 = None if len(values) < 2 else (2 * values[0] * values[1] / sum(values) if sum(values) else 0.0)
     clipped = numpy.clip(flat, 1e-7, 1 - 1e-7)
     error, table = expected_calibration_error(flat, numpy.asarray(truth, float), BINS)
     always = max(numpy.mean(truth), 1 - numpy.mean(truth))
-    by_source = {}
-    for source in sorted(set(sources)):
-        kept = numpy.repeat([s == source for s in sources], [len(row) for row in labels])
-        by_source[source] = {"steps": int(kept.sum())} | share(numpy.asarray(correct)[kept], groups[kept])
+    of_steps = [source for source, row in zip(sources, labels) for _ in row]
     return {
         "solutions": len(labels), "steps": len(flat), "problems": len(set(problems.tolist())),
         "loss": float(-numpy.mean(numpy.where(truth, numpy.log(clipped), numpy.log(1 - clipped)))),
-        "accuracy": share(correct, groups), "by_source": by_source, "baselines": {"more frequent label": float(always)},
+        "accuracy": share(correct, groups), "by_source": by_group(of_steps, "steps", correct, groups),
+        "baselines": {"more frequent label": float(always)},
         "first_error": {"f1": f1, **parts}, "calibration": {"ece": error, "table": table},
         "step_auc": ranking_auc(flat, truth),
         "solution_auc": {name: ranking_auc([f(row) for row in probabilities], ~wrong)

@@ -1,17 +1,18 @@
-"""The part of a run's report that is about a reward model: its table rows, curves, calibration, length bias, margins."""
+"""The part of a run's report that is about a reward model: rows, curves, calibration, length bias, margins."""
 
-import html
 import json
 from pathlib import Path
 
 import numpy
 
 from recipes.eval_plots import RIGHT, WRONG, _axes, _finish, reliability
+from recipes.eval_report import figures_grid, grid
 from recipes.eval_tables import with_interval
-from recipes.report_page import facts_table, plot
+from recipes.report_page import plot
 
 REWARDS_FILE = "held_out_rewards.jsonl"
 UNITS = {"reward": "nats per pair", "process_reward": "nats per step"}  # of the loss, by stage
+RULES = {"unigram": "words alone", "first": "stands first"}  # of data_scripts/preference_baselines.py
 SHOWN = 1_000  # points of a scatter plot: each is an element of the page
 
 
@@ -26,7 +27,8 @@ def _same(label, found):
 def _preference_rows(found):
     length, margin, reward = found["length"], found["margin"], found["reward"]
     correlations = [length[name] for name in ("pearson", "spearman", "pair_pearson", "pair_spearman")]
-    rows = [("accuracy", f"{with_interval(found['accuracy'])} % of {found['pairs']:,} pairs, {found['problems']:,} problems")]
+    number = f"{found['pairs']:,} pairs, {found['problems']:,} problems"
+    rows = [("accuracy", f"{with_interval(found['accuracy'])} % of {number}")]
     if len(found["by_source"]) > 1:
         rows += _same("accuracy", found["by_source"])
     rows += _same("baseline", {f"the {name} one": part for name, part in found["baselines"].items()})
@@ -36,22 +38,25 @@ def _preference_rows(found):
         ("reward and length", "Pearson {}, Spearman {}; inside a pair {}, {}".format(*map(_number, correlations))),
         *_same("accuracy", length["accuracy"]),
         ("margin", f"mean {margin['mean']:.3f}, standard deviation {margin['std']:.3f}"),
-        ("reward", f"chosen {reward['chosen']:+.3f}, rejected {reward['rejected']:+.3f}, standard deviation {reward['std']:.3f}"),
+        ("reward", f"chosen {reward['chosen']:+.3f}, rejected {reward['rejected']:+.3f}, standard deviation "
+                   f"{reward['std']:.3f}"),
     ]  # fmt: skip
     return rows
 
 
 def _process_rows(found):
     first, auc = found["first_error"], found["solution_auc"]
+    number = f"{found['steps']:,} steps in {found['solutions']:,} solutions"
     rows = [
-        ("step accuracy", f"{with_interval(found['accuracy'])} % of {found['steps']:,} steps in {found['solutions']:,} solutions"),
+        ("step accuracy", f"{with_interval(found['accuracy'])} % of {number}"),
         ("baseline, the more frequent label", f"{found['baselines']['more frequent label']:.1%}"),
         ("first wrong step, F1", _number(first["f1"], "{:.1%}")),
     ]  # fmt: skip
     rows += _same("first wrong step", {name: part for name, part in first.items() if name != "f1"})
     rows += [
         ("AUC of steps", _number(found["step_auc"], "{:.3f}")),
-        ("AUC of solutions", f"smallest step {_number(auc['min'], '{:.3f}')}, product {_number(auc['product'], '{:.3f}')}"),
+        ("AUC of solutions", "smallest step {}, product {}".format(
+            *(_number(auc[name], "{:.3f}") for name in ("min", "product")))),
         ("calibration", f"ECE {found['calibration']['ece']:.3f}"),
         ("loss", f"{found['loss']:.4f} nats per step"),
     ]  # fmt: skip
@@ -65,10 +70,26 @@ def reward_rows(evaluation):
         rows += [(f"held out: {label}", text) for label, text in _preference_rows(found)]
     if found := evaluation.get("process"):
         rows += [(f"held out: {label}", text) for label, text in _process_rows(found)]
-    for source, rules in evaluation.get("data_baselines", {}).items():
-        figures = {rule: part | {"value": part["accuracy"]} for rule, part in rules.items()}
-        rows += _same(f"baseline of the data, {source}", figures)
     return rows
+
+
+def group_table(evaluation):
+    """(header, rows) of accuracies by source and kind, beside what is known of a pair without understanding it.
+
+    "longer" is of these pairs, in tokens; the others are of the data's whole test file (its manifest.json).
+    """
+    found, outside = evaluation["preferences"], evaluation.get("data_baselines", {})
+    groups = {"all": {"pairs": found["pairs"], **found["accuracy"], "longer": found["baselines"]["longer"]}}
+    groups |= {name: part for part in ("by_source", "by_kind") for name, part in found[part].items()}
+    rules = list(dict.fromkeys(rule for own in outside.values() for rule in own if rule not in ("longer", "shorter")))
+    columns = ["this model", "longer", *(RULES.get(rule, rule) for rule in rules)]
+    header = ["held-out pairs", "number", *(f"{column}, %" for column in columns)]
+    rows = []
+    for name, part in sorted(groups.items(), key=lambda item: (item[0] != "all", item[0])):
+        own = [outside.get(name, {}).get(rule) for rule in rules]
+        others = [with_interval(rule | {"value": rule["accuracy"]}) if rule else "" for rule in own]
+        rows.append([name, f"{part['pairs']:,}", with_interval(part), with_interval(part["longer"]), *others])
+    return header, rows
 
 
 # ---------------------------------------------------------------- figures
@@ -94,7 +115,7 @@ def length_scatter(rows):
     figure, axes = _axes()
     rows = rows[:: -(-len(rows) // (SHOWN // 2))]
     for side, color in (("rejected", WRONG), ("chosen", RIGHT)):
-        axes.scatter([row[f"{side}_tokens"] for row in rows], [row[side] for row in rows], s=6, alpha=0.45, color=color,
+        axes.scatter([row[f"{side}_tokens"] for row in rows], [row[side] for row in rows], s=10, alpha=0.6, color=color,
                      linewidths=0, label=side)  # fmt: skip
     return _finish(figure, axes, "tokens of the completion", "reward")
 
@@ -111,7 +132,8 @@ def margin_histogram(rows):
 
 def step_histogram(rows):
     figure, axes = _axes()
-    groups = [[p for row in rows for p, label in zip(row["probabilities"], row["labels"]) if label == wanted] for wanted in (1, 0)]
+    steps = [pair for row in rows for pair in zip(row["probabilities"], row["labels"])]
+    groups = [[p for p, label in steps if label == wanted] for wanted in (1, 0)]
     labels = [f"{label} steps ({len(group):,})" for label, group in zip(("right", "wrong"), groups)]
     axes.hist(groups, bins=numpy.linspace(0, 1, 31), color=[RIGHT, WRONG], label=labels)
     return _finish(figure, axes, "probability of being right", "steps")
@@ -126,8 +148,8 @@ def reward_section(evaluation, run_dir):
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if "preferences" in evaluation:
         explained = (
-            "How often a side is the better one, over the probability sigmoid(difference of rewards); each pair in both "
-            "orders. Numbers: entries of a bin."
+            "How often a side is the better one, over the probability sigmoid(difference of rewards); each pair in "
+            "both orders. Numbers: entries of a bin."
         )
         pairs = [
             (reliability(found["calibration"]), explained),
@@ -137,8 +159,12 @@ def reward_section(evaluation, run_dir):
     else:
         pairs = [(reliability(found["calibration"]), "How often a step is right, over its probability."),
                  (step_histogram(rows), "Probabilities of right and of wrong steps.")]  # fmt: skip
-    figures = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in pairs)
-    return (
-        f"<h2>Held out</h2><section>{facts_table(reward_rows(evaluation))}<p class=note>Brackets: 95 % intervals over "
-        f"problems.</p></section><div class=plots>{figures}</div>"
-    )
+    table = ""
+    if "preferences" in evaluation:
+        table = (
+            f"<section>{grid(*group_table(evaluation))}<p class=note>Accuracy; brackets: 95 % intervals over problems. "
+            "The other columns prefer without understanding: the longer side; the side whose words are the likelier "
+            "ones of a chosen side (naive Bayes); the option that stands first. Where words alone tell the sides "
+            "apart, the model's accuracy says little.</p></section>"
+        )
+    return f"<h2>Held out</h2>{table}{figures_grid(pairs)}"

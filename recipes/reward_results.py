@@ -26,12 +26,13 @@ def announce_run(trainer, facts):
     device = content["device"]
     where = f"{device['type']} x{device['processes']}, mixed precision: {device['mixed_precision']}"
     rows = [("commit", content["commit"]), *sizes.items(), ("device", where), ("output", args.output_dir)]
-    rows += [("data", line) for line in [*facts["training"][1:], *(f"held out: {text}" for text in facts.get("held out", []))]]
+    rows += [("held out", line) for line in facts.get("held out", [])[:1]]
+    rows += [(f"data, {part}", line) for part in ("training", "held out") for line in facts.get(part, [])[1:]]
     print(text_table(rows), flush=True)
 
 
 def data_baselines(dataset_name):
-    """{source: {rule: accuracy without a model}} of the data set's manifest.json; empty without one."""
+    """{source, or "source: kind": {rule: accuracy without a model}} of the data's manifest.json; empty without one."""
     file = Path(dataset_name).expanduser() / "manifest.json"
     found = json.loads(file.read_text(encoding="utf-8")).get("baselines", {}) if file.is_file() else {}
     return found if isinstance(found, dict) else {}
@@ -46,7 +47,7 @@ def held_out_rows(trainer):
     else:
         columns = {"chosen": [pair[0] for pair in scores], "rejected": [pair[1] for pair in scores]}
         columns |= {name: rows[name] for name in ("chosen_tokens", "rejected_tokens")}
-    columns |= {name: rows[name] for name in ("problem", "source")}
+    columns |= {name: rows[name] for name in ("problem", "source", "kind")}
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
 from recipes.data import check_vocabulary
-from recipes.reward_data import render, render_steps
 from recipes.reward_functions import score_ids
 from recipes.reward_models import KINDS, check_head, full_precision_head
+from recipes.reward_rendering import render, render_steps
 
 
 def load_reward_model(folder, kind="preference", dtype=torch.float32, device="cpu", trust_remote_code=False):
@@ -44,6 +44,16 @@ def _same_count(prompts, **others):
             raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: one for each is needed")
 
 
+def _check_context(model, rows):
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if context and longest > context:
+        raise ValueError(
+            f"a prompt and completion of {longest} tokens exceed the context of the reward model ({context}); shorten "
+            "it, or leave it out"
+        )
+
+
 def score(model, tokenizer, prompts, completions, batch_size=64, finished=None, thinking=None, normalise=False):
     """Rewards, one a completion, as a list of floats.
 
@@ -51,21 +61,24 @@ def score(model, tokenizer, prompts, completions, batch_size=64, finished=None, 
         prompts: lists of messages, or texts. completions: what a model wrote after the generation prompt, as text; or
             lists with one assistant message, which the chat template brings into form.
         finished: whether each completion has its end token (False: it was cut off). None: all have.
-        thinking: see `reward_data.render_texts`.
+        thinking: see `reward_rendering.render_texts`.
     Raises:
-        ValueError: for lists of different lengths, and `normalise` without figures in the model's config.
+        ValueError: for lists of different lengths, a text longer than the model's context, and `normalise` without
+            figures in the model's config.
     """
     finished = [True] * len(prompts) if finished is None else finished
     _same_count(prompts, completions=completions, finished=finished)
     parts = [render(tokenizer, *pair, thinking, end) for *pair, end in zip(prompts, completions, finished)]
-    rewards = score_ids(model, [prompt_ids + ids for prompt_ids, ids in parts], batch_size)
+    rows = [prompt_ids + ids for prompt_ids, ids in parts]
+    _check_context(model, rows)
+    rewards = score_ids(model, rows, batch_size)
     if not normalise:
         return rewards
     mean, std = (getattr(model.config, name, None) for name in ("reward_mean", "reward_std"))
     if mean is None or not std:
         raise ValueError(
-            f"normalise=True: the model's config has reward_mean={mean}, reward_std={std}; recipes/reward.py stores them "
-            "where there are held-out pairs"
+            f"normalise=True: the model's config has reward_mean={mean}, reward_std={std}; recipes/reward.py stores "
+            "them where there are held-out pairs"
         )
     return [(reward - mean) / std for reward in rewards]
 
@@ -97,4 +110,5 @@ def score_steps(model, tokenizer, prompts, steps, batch_size=64, separator="\n")
         prompt_ids, ids, ends = render_steps(tokenizer, prompt, own, separator)
         rows.append(prompt_ids + ids)
         places.append([len(prompt_ids) + end for end in ends])
+    _check_context(model, rows)
     return step_probabilities(model, rows, places, batch_size)

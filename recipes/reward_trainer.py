@@ -48,8 +48,8 @@ class RewardMixin(RecipeTrainerMixin):
         if self.args.dataloader_drop_last and rows < needed:
             raise ValueError(
                 f"{rows} training rows fill no batch: per_device_train_batch_size="
-                f"{self.args.per_device_train_batch_size} times {self.args.world_size} processes is {needed}; lower it, "
-                "or set dataloader_drop_last=false"
+                f"{self.args.per_device_train_batch_size} times {self.args.world_size} processes is {needed}; lower "
+                "it, or set dataloader_drop_last=false"
             )
 
     @torch.no_grad()
@@ -119,8 +119,8 @@ class RecipeRewardTrainer(RewardMixin, RewardTrainer):
 
     def figures(self, scores, rows):
         margins = rows["margin"] if "margin" in rows.column_names else 0.0
-        columns = (rows[name] for name in ("chosen_tokens", "rejected_tokens", "problem", "source"))
-        return preference_metrics(*zip(*scores), *map(list, columns), margins, self.args.center_rewards_coefficient or 0.0)
+        columns = (list(rows[name]) for name in ("chosen_tokens", "rejected_tokens", "problem", "source", "kind"))
+        return preference_metrics(*zip(*scores), *columns, margins, self.args.center_rewards_coefficient or 0.0)
 
     @staticmethod
     def summary(figures):

@@ -3,13 +3,13 @@
     rewards = get_rewards(["accuracy", "format", "my_rewards.py:politeness"], {"length": {"buffer": 64}})
     rewards[0](prompts=..., completions=..., completion_ids=..., **columns)    # one number or None for each completion
 
-| name         | reward                                                                   | range   | source                  |
-|--------------|--------------------------------------------------------------------------|---------|-------------------------|
-| `accuracy`   | the task's verifier accepts the answer; None where a row brings none     | 0, 1    | DeepSeek-R1, Sec. 2.2.2 |
-| `format`     | reasoning, one `</think>` and an answer that is not empty                | 0, 1    | ibid.                   |
-| `language`   | share of the reasoning's words that are in the target language's script  | [0, 1]  | ibid., Sec. 2.3.2       |
-| `length`     | soft punishment of completions that come close to the token limit        | [-1, 0] | DAPO, Eq. 13            |
-| `repetition` | minus the share of n-grams that have been seen before in the completion  | [-1, 0] | ours                    |
+| name         | reward                                                            | range   | source                  |
+|--------------|-------------------------------------------------------------------|---------|-------------------------|
+| `accuracy`   | the task's verifier accepts the answer; None where a row has none | 0, 1    | DeepSeek-R1, Sec. 2.2.2 |
+| `format`     | reasoning, one `</think>` and an answer that is not empty         | 0, 1    | ibid.                   |
+| `language`   | share of the reasoning's words in the language's script           | [0, 1]  | ibid., Sec. 2.3.2       |
+| `length`     | soft punishment of completions close to the token limit           | [-1, 0] | DAPO, Eq. 13            |
+| `repetition` | minus the share of n-grams that occurred earlier in the text      | [-1, 0] | ours                    |
 
 DeepSeek-R1 is arXiv:2501.12948, DAPO arXiv:2503.14476. Model output is parsed, never run outside of the sandbox.
 """
@@ -81,7 +81,8 @@ def format_reward(prompts, completions, **columns):
 
 
 def language_share(text, target):
-    """Share of a text's words in the scripts of the language `target`; 1.0 for signs and numbers alone, 0.0 for none."""
+    """Share of a text's words in the scripts of the language `target`; 1.0 for signs and numbers alone, 0.0 for
+    nothing."""
     if not text.strip():
         return 0.0
     wanted, inside, total = LANGUAGES[target], 0, 0
@@ -101,7 +102,7 @@ def language_reward(prompts, completions, target="en", **columns):
 
 
 def overlong_punishment(length, max_length, buffer):
-    """DAPO, Eq. 13: 0 up to `max_length - buffer` tokens, then down a straight line to -1 at `max_length`, -1 beyond."""
+    """DAPO, Eq. 13: 0 up to `max_length - buffer` tokens, then down a straight line to -1 at `max_length` and on."""
     if length > max_length:
         return -1.0
     return min(0.0, (max_length - buffer - length) / buffer)
@@ -209,5 +210,7 @@ def get_rewards(names, settings=None):
             )
         found.append(_with_settings(label, function, settings.pop(label, {})))
     if settings:
-        raise ValueError(f"reward_kwargs holds {', '.join(settings)}, which is not among the rewards {', '.join(names)}")
+        raise ValueError(
+            f"reward_kwargs holds {', '.join(settings)}, which is not among the rewards {', '.join(names)}"
+        )
     return found

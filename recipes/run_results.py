@@ -64,24 +64,35 @@ def _evaluation(trainer, prefix):
     return {name: metrics[f"{prefix}_{name}"] for name in ("bits_per_byte", "loss", "bytes")} | {"sources": sources}
 
 
-def finish_run(trainer):
-    """Evaluate, save the weights (and their average in `ema/`), write eval.json and report.html, print results."""
-    args, results = trainer.args, {"step": trainer.state.global_step}
+def save_average(trainer, evaluate=None):
+    """Saves the averaged weights, where the run has an `EMACallback`, in `ema/`; `evaluate()` is called on them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.eval_dataset is not None:
-        results["weights"] = _evaluation(trainer, "final")
-    trainer.save_model()
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EMACallback):
             with callback.applied(model):
-                if trainer.eval_dataset is not None:
-                    results["ema"] = _evaluation(trainer, "ema")
-                trainer._save(str(Path(args.output_dir) / "ema"))
+                if evaluate is not None and trainer.eval_dataset is not None:
+                    evaluate()
+                if trainer.args.should_save:
+                    trainer._save(str(Path(trainer.args.output_dir) / "ema"))
+
+
+def conclude(output_dir, results):
+    """Write eval.json and report.html, print the results, return them: the end of every stage."""
+    folder = Path(output_dir)
+    write_atomically(folder / "eval.json", json.dumps(results, indent=1))
+    report = write_report(folder)
+    rows = result_rows(read_metrics(folder / METRICS_FILE), results, {})
+    print(text_table([*rows, ("model", output_dir), ("report", str(report))]), flush=True)
+    return results
+
+
+def finish_run(trainer):
+    """Evaluate, save the weights (and their average in `ema/`), write eval.json and report.html, print results."""
+    args, results = trainer.args, {"step": trainer.state.global_step}
+    if trainer.eval_dataset is not None:
+        results["weights"] = _evaluation(trainer, "final")
+    trainer.save_model()
+    save_average(trainer, lambda: results.update(ema=_evaluation(trainer, "ema")))
     if not trainer.is_world_process_zero():
         return results
-    write_atomically(Path(args.output_dir) / "eval.json", json.dumps(results, indent=1))
-    report = write_report(args.output_dir)
-    records = read_metrics(Path(args.output_dir) / METRICS_FILE)
-    rows = result_rows(records, results, {})
-    print(text_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
-    return results
+    return conclude(args.output_dir, results)

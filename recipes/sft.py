@@ -114,5 +114,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # what a user can mend needs no traceback
+    except (ValueError, OSError, FloatingPointError) as error:  # what a user can mend needs no traceback
         sys.exit(f"{type(error).__name__}: {error}")

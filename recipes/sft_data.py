@@ -83,8 +83,10 @@ def _read_folder(root):
     return _load_files(_ending(files["train"]), wanted)
 
 
-def read_splits(name, streaming=False):
+def read_splits(name, streaming=False, maker="data_scripts.prepare_sft"):
     """(training rows, held-out rows or None) of a folder, a file or a Hub data set (`name` or `name:configuration`).
+
+    `maker`: the module that makes the offline default, for the error where there is nothing.
 
     Raises:
         ValueError: for a folder or file that holds none; FileNotFoundError for a path that does not exist.
@@ -99,7 +101,7 @@ def read_splits(name, streaming=False):
     elif path.is_absolute() or name.startswith((".", "~", "data/")) or _ending(path):
         raise FileNotFoundError(
             f"dataset_name={name} does not exist; the offline default is made by "
-            f"`python -m data_scripts.prepare_sft --output_dir {name} --size {'nano' if 'nano' in name else 'tiny'}`"
+            f"`python -m {maker} --output_dir {name} --size {'nano' if 'nano' in name else 'tiny'}`"
         )
     else:
         hub_name, _, configuration = name.partition(":")

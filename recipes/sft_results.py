@@ -1,14 +1,9 @@
 """The two ends of a fine-tuning run: what is printed, evaluated and written before training, and after it."""
 
-import json
-from pathlib import Path
-
-from recipes.checkpoint_files import write_atomically
-from recipes.logging_callbacks import METRICS_FILE, read_metrics, write_run_config
-from recipes.reporting import result_rows, write_report
-from recipes.run_results import text_table
+from recipes.logging_callbacks import write_run_config
+from recipes.run_results import conclude, text_table
 from recipes.sft_trainer import causal_lm
-from recipes.stage_results import evaluate_stage, save_merged, sizes_of
+from recipes.stage_results import evaluate_after, save_merged, sizes_of
 
 
 def announce_run(trainer, facts):
@@ -38,14 +33,9 @@ def finish_run(trainer, before):
         results["held_out"] = {name: metrics[f"final_{name}"] for name in ("loss", "token_accuracy", "tokens")}
     trainer.save_model()
     if args.eval_tasks:
-        trained = trainer.state.global_step > trainer.first_step  # else the answers of a killed evaluation still hold
-        results["tasks"] = ({"before": before} if before else {}) | {"after": evaluate_stage(trainer, "after", trained)}
+        results["tasks"] = evaluate_after(trainer, before)
     if not trainer.is_world_process_zero():
         return results
     if args.lora_rank and args.merge_adapter:
         results["merged_logits_difference"] = save_merged(trainer, trainer.train_dataset[0]["input_ids"][:64])
-    write_atomically(Path(args.output_dir) / "eval.json", json.dumps(results, indent=1))
-    report = write_report(args.output_dir)
-    rows = result_rows(read_metrics(Path(args.output_dir) / METRICS_FILE), results, {})
-    print(text_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
-    return results
+    return conclude(args.output_dir, results)

@@ -29,6 +29,12 @@ def evaluate_before(trainer):
     return evaluate_stage(trainer, "before", afresh=trainer.args.overwrite_output_dir)
 
 
+def evaluate_after(trainer, before):
+    """{"before" (where there is one), "after"} for eval.json."""
+    trained = trainer.state.global_step > trainer.first_step  # else the answers of a killed evaluation still hold
+    return ({"before": before} if before else {}) | {"after": evaluate_stage(trainer, "after", trained)}
+
+
 @torch.no_grad()
 def save_merged(trainer, token_ids):
     """The model with its adapter merged, in `merged/`; returns the largest difference of its logits on `token_ids`."""

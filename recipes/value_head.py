@@ -6,16 +6,21 @@ optimizer and the checkpoints see it. On disk it is a file of its own, and the p
 
 import contextlib
 import copy
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
+
+from recipes.ppo_setup import load_named
 
 VALUE_FILE = "value_head.safetensors"
 KINDS = ("shared", "separate")
@@ -35,9 +40,13 @@ class ValueHead(nn.Module):
     next token's logits, there is a hidden layer in between (measured: benchmarks/LOG.md, PPO against TRL's).
 
     Args:
-        trunk: None: the policy's hidden states are used, and trained through; else a backbone of its own.
+        trunk: None: the policy's hidden states are used; else a backbone of its own.
+    Attributes:
+        trunk_gradient: whether the values' gradient goes on into the policy's hidden states.
     Shapes: hidden_states (B, S, D) of the policy -> (B, S) float32.
     """
+
+    trunk_gradient = False
 
     def __init__(self, hidden_size, trunk=None):
         super().__init__()
@@ -52,19 +61,24 @@ class ValueHead(nn.Module):
             names = ("input_ids", "attention_mask", "position_ids")
             given = {name: inputs[name] for name in names if inputs.get(name) is not None}
             hidden_states = self.trunk(**given, use_cache=False).last_hidden_state
+        elif not self.trunk_gradient:
+            hidden_states = hidden_states.detach()
         with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.float()
+            # float32 where the weights are: FSDP and DeepSpeed may hand them out in bfloat16
+            hidden_states = hidden_states.to(self.linear.weight.dtype)
             if self.hidden is not None:
                 hidden_states = nn.functional.silu(self.hidden(hidden_states))
-            return self.linear(hidden_states).squeeze(-1)
+            return self.linear(hidden_states).squeeze(-1).float()
 
 
 def _model_of(model):
     """(trunk, weight of its scalar head or None) of a reward model or any other model with a backbone."""
     if isinstance(model, str):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, dtype=torch.float32, output_loading_info=True
-        )
+        load = functools.partial(
+            AutoModelForSequenceClassification.from_pretrained, num_labels=1, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+        model, report = load_named("value_model_name_or_path", model, load)
         fresh = any(name.startswith("score.") for name in report["missing_keys"])
     else:
         fresh = False
@@ -110,9 +124,24 @@ def build_value_head(policy, kind, source=None):
     return _separate_head(policy, source)
 
 
+def _copy_trunk(policy):
+    """A float32 copy of the policy's trunk, adapters merged into its weights."""
+    if getattr(policy, "is_quantized", False) or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "value_function=separate cannot copy a policy that is quantised or spread out by DeepSpeed ZeRO-3; give a "
+            "model as value_model_name_or_path, e.g. the reward model, or set value_function=shared"
+        )
+    trunk = copy.deepcopy(policy.base_model).float()
+    for name, module in reversed(list(trunk.named_modules())):  # an adapter may wrap another one
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            trunk.set_submodule(name, module.get_base_layer())
+    return trunk
+
+
 def _separate_head(policy, source):
     if source is None:
-        trunk, weight = copy.deepcopy(policy.base_model).float(), None
+        trunk, weight = _copy_trunk(policy), None
     else:
         trunk, weight = _model_of(source)
     text_config = trunk.config.get_text_config()

@@ -78,7 +78,7 @@ def test_lengths_say_nothing(small):
         assert 0.4 <= share <= 0.6, (kind, share)
     found = manifest["baselines"]["traces"]
     assert found["longer"]["accuracy"] + found["shorter"]["accuracy"] == pytest.approx(1)
-    assert found["longer"]["low"] < 0.5 < found["longer"]["high"] and "traces: longer" in summary(manifest)
+    assert found["longer"]["low"] < 0.5 < found["longer"]["high"] and "traces: format, unigram " in summary(manifest)
 
 
 def test_balance_takes_the_telling_that_narrows_the_gap():
@@ -318,11 +318,15 @@ def test_samples_of_a_policy(tmp_path):
 
 
 def test_baselines_against_counting_by_hand():
-    def pair(chosen, rejected, problem):
-        return {"chosen": [{"content": chosen}], "rejected": [{"content": rejected}], "problem": problem}
+    def pair(chosen, rejected, problem, kind="s"):
+        return {"chosen": [{"content": chosen}], "rejected": [{"content": rejected}], "problem": problem,
+                "source": "s", "kind": kind}
     train = [pair("good word", "bad word", n) for n in range(5)]
     assert UnigramBayes(train)([{"content": "good"}]) > 0 > UnigramBayes(train)([{"content": "bad"}])
-    test = [pair("good", "bad thing", 0), pair("good one two", "bad", 1), pair("x", "y", 2)]
-    found = baselines(train, test)
+    test = [pair("good", "bad thing", 0), pair("good one two", "bad", 1), pair("x", "y", 2, "other")]
+    groups = baselines(train, test)
+    found = groups["s"]
     assert found["unigram"]["accuracy"] == pytest.approx(2.5 / 3) and found["longer"]["accuracy"] == 0.5
+    assert set(groups) == {"s", "s: other"} and groups["s: other"]["unigram"]["accuracy"] == 0.5
+    assert groups["s: other"]["longer"]["pairs"] == 1 and baselines([], test) == {}
     assert accuracy([test[0], test[0] | {"problem": 0}, test[2]], lambda row: 1)["problems"] == 2

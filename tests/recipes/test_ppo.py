@@ -2,6 +2,8 @@
 
 import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -20,10 +22,13 @@ from recipes import ppo
 from recipes.logging_callbacks import read_metrics
 from recipes.ppo_config import PPORecipeConfig
 from recipes.ppo_data import build_prompts, fitting, hold_out_prompts, prompt_lengths
+from recipes.ppo_plots import ppo_rows
+from recipes.ppo_results import _held_out_rewards
 from recipes.pretrain_config import parse_config
 from recipes.task_puzzles import PUZZLE_TASKS
 from tests.recipes.tiny_run import SIZES
 
+CONFIGS = Path(ppo.__file__).parent / "configs"
 # Rises with the share of one letter: a random model learns it in a few steps.
 REWARD = """
 def letters(completions, **columns):
@@ -86,7 +91,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert not hasattr(model, "value_head")
     assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(results))
     assert set(results["tasks"]) == {"before", "after"}
-    assert set(results["held_out_rewards"]) == {"reward", "letters", "accuracy", "format"}
+    held_out = results["held_out_rewards"]
+    assert set(held_out["rewards"]) == {"letters", "accuracy", "format"}
+    assert held_out["reward"] == pytest.approx(held_out["rewards"]["letters"], abs=1e-6)
 
 
 def test_metrics_have_their_names_and_tracked_rewards_weigh_nothing(finished):
@@ -99,7 +106,7 @@ def test_metrics_have_their_names_and_tracked_rewards_weigh_nothing(finished):
         assert {"kl", "policy loss", "value loss", "entropy", "ratio", "length", "cut off"} <= set(record)
         assert set(record["rewards"]) == {"letters", "accuracy", "format"}
         assert record["reward"] == pytest.approx(record["rewards"]["letters"], abs=1e-6)
-        assert record["reward"] > 0 and record["rewards"]["accuracy"] == 0
+        assert record["reward"] > 0 and record["rewards"]["accuracy"] == 0 and record["unscored"] == 0
     assert all(r["tokens"] > 0 for r in train)
     (evaluated,) = [r for r in records if r["kind"] == "eval"]
     assert set(evaluated["eval rewards"]) == {"letters", "accuracy", "format"}
@@ -109,9 +116,25 @@ def test_metrics_have_their_names_and_tracked_rewards_weigh_nothing(finished):
 
 def test_the_report_shows_rewards_and_samples(finished):
     page = (finished[0] / "report.html").read_text()
-    for words in ("Reinforcement learning (PPO)", "KL to the reference", "Where the time goes", "explained variance",
-                  "Held-out problems", ", letters 0.", "rewards on held-out prompts"):  # fmt: skip
+    for words in (
+        "Reinforcement learning (PPO)", "KL to the reference", "Where the time of a rollout goes", "explained variance",
+        "Held-out problems", ", letters 0.", "rewards on held-out prompts", "first and last fifth",
+    ):  # fmt: skip
         assert words in page, words
+    assert "last training loss" not in page  # a sum of terms that says nothing by itself
+
+
+def test_a_reward_called_reward_is_not_the_weighted_sum():
+    """As the quickstart has it: a reward model in a folder `reward`, tracked beside the rules."""
+    found = {"eval_loss": 0.0, "eval_reward": 1.0, "eval_rewards/reward/mean": 3.0, "eval_rewards/format/mean": 1.0}
+    trainer = SimpleNamespace(evaluate=lambda **_: found, state=SimpleNamespace(global_step=4))
+    held_out = _held_out_rewards(trainer)
+    assert held_out == {"reward": 1.0, "rewards": {"reward": 3.0, "format": 1.0}}
+    records = [{"step": 1, "reward": reward, "rewards": {"reward": 3.0}} for reward in (0.0, 0.2, 0.5, 0.5, 1.0)]
+    rows = dict(ppo_rows(records, {"held_out_rewards": held_out}))
+    assert rows["reward, first and last fifth of the run"] == "0.000 -> 1.000"
+    assert rows["reward: reward"] == "3.000 -> 3.000"
+    assert rows["rewards on held-out prompts"] == "sum 1.000, reward 3.000, format 1.000"
 
 
 class Stop(TrainerCallback):
@@ -131,8 +154,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, finished, tmp_path):
     resumed = ppo.build_trainer(args, AutoTokenizer.from_pretrained(base / "model"))
     resumed.train()
     names = ("loss", "reward", "kl", "value loss", "length", "entropy")
-    runs = [[{name: r.get(name) for name in names} for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
-            for folder in (finished[0], tmp_path)]  # fmt: skip
+    found = [read_metrics(folder / "metrics.jsonl") for folder in (finished[0], tmp_path)]
+    runs = [[{name: r.get(name) for name in names} for r in records if r["kind"] == "train"] for records in found]
     assert runs[0] == runs[1]
     args.rewards, args.resume_from_checkpoint = ["format"], "true"
     args.track_rewards = []
@@ -153,7 +176,8 @@ def test_adapters_averages_and_a_reward_model(base, tmp_path):
     assert results["merged_logits_difference"] < 1e-4 and "held_out_rewards" not in results
     names = {path.name for path in run.iterdir()}
     assert {"adapter_model.safetensors", "value_head.safetensors", "merged", "ema"} <= names
-    merged, plain = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "merged", base / "model"))
+    folders = (run / "merged", base / "model")
+    merged, plain = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
     assert set(merged) == set(plain) and any(not merged[name].equal(plain[name]) for name in plain)
     first = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train")
     assert first["kl"] == 0 and first["reward"] == pytest.approx(first["rewards"]["judge"], abs=1e-6)
@@ -175,12 +199,16 @@ def test_dry_run_shows_data_and_rewards(base, tmp_path, capsys):
         (("--rewards", "acuracy"), "unknown reward 'acuracy'; did you mean accuracy"),
         (("--rewards", "accuracy"), "name accuracy twice"),
         (("--reward_weights", "1", "2"), "must hold one weight for each of rewards"),
+        (("--reward_weights", "0"), "reward_weights=.0.0. must be other than 0"),
+        (("--reward_weights", "nan"), "reward_weights=.nan. must be finite"),
         (("--reward_kwargs", '{"letters": {"loud": 3}}'), "reward_kwargs.letters holds 'loud'"),
+        (("--reward_kwargs", "{letters: 3}"), "reward_kwargs='{letters: 3}' is not JSON"),
+        (("--reward_kwargs", '{"letters": 3}'), "reward_kwargs=.* must hold settings by name"),
         (("--rewards", "runs/none"), "the reward model runs/none cannot be loaded"),
         (("--dataset_name", "data/none"), "data_scripts.prepare_prompts"),
         (("--max_prompt_length", "3"), "are longer than max_prompt_length=3 tokens .shortest .*, longest 21"),
         (("--per_device_train_batch_size", "64"), "prompts are fewer than the 64 of one rollout"),
-        (("--max_completion_length", "300"), "leaves no room for a prompt"),
+        (("--max_completion_length", "300"), "exceed the model's context of 256 tokens"),
         (("--validation_fraction", "0"), "eval_strategy=steps needs held-out prompts"),
         (("--ref_model_name_or_path", "/none"), "ref_model_name_or_path=/none cannot be loaded"),
         (("--label_smoothing_factor", "0.1"), "label_smoothing_factor=0.1 has no effect in PPO"),
@@ -202,6 +230,29 @@ def test_prompts_that_are_too_long_are_counted(base):
     kept, line = fitting(rows, tokenizer, lengths[1] - 1, "here")
     assert kept["prompt"] == ["one", "two"] and "1 longer than max_prompt_length" in line and f"{lengths[1]})" in line
     assert fitting(rows, tokenizer, None, "here")[0] is rows
+
+
+def test_accuracy_alone_needs_verifiers(base, tmp_path):
+    """Every reward would be None, and training would do nothing."""
+    rows = [{"prompt": f"how much is {number}?", "task": None} for number in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = arguments(base, tmp_path / "out", "--dataset_name", str(tmp_path), "--track_rewards", "format")
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    args = parse_config(PPORecipeConfig, [*given, "--rewards", "accuracy"])
+    with pytest.raises(ValueError, match="no row of .* has a task that verifies its answer"):
+        build_prompts(args, tokenizer)
+    args.rewards = ["accuracy", "format"]
+    assert len(build_prompts(args, tokenizer)[0]) > 20
+
+
+def test_the_value_head_learns_ten_times_as_fast(base, tmp_path):
+    """In the presets too, whatever learning rate the command line sets."""
+    for preset in ("tiny", "nano"):
+        for rate in (3e-4, 1e-5):
+            given = ["--config", f"{CONFIGS}/ppo_{preset}.yaml", "--learning_rate", str(rate)]
+            assert parse_config(PPORecipeConfig, given).value_learning_rate == pytest.approx(10 * rate)
+    args = parse_config(PPORecipeConfig, ["--config", f"{CONFIGS}/ppo_instructgpt.yaml", "--bf16", "false"])
+    assert args.generation_batch_size == 512 and args.max_steps * 64 == 256_000
 
 
 def test_held_out_prompts_are_never_trained_on():

@@ -15,6 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.value_head import KINDS
+from tests.recipes.tiny_ppo import one_thread  # noqa: F401
 from tests.recipes.tiny_run import SIZES
 
 VOCABULARY, LENGTH, WANTED = 320, 8, 13
@@ -24,15 +26,6 @@ WORDS = [f"{first}{second}" for first in "abcd" for second in "efgh"]
 def wanted_tokens(prompts, completions, completion_ids, **columns):
     """Share of LENGTH that are multiples of WANTED, 1/13 by chance: pays for every such token, and for not ending."""
     return [sum(token % WANTED == 0 for token in ids) / LENGTH for ids in completion_ids]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share out: where cores are busy, threads that wait for each other take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -216,30 +209,37 @@ def test_two_ranks_equal_one_with_the_doubled_batch(start, tmp_path):
         [*launch, __file__, str(start), str(tmp_path)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    expected, _ = run_scripted(start, tmp_path, per_device_train_batch_size=8)
+    whole = {}
+    for kind in KINDS:
+        whole[kind], _ = run_scripted(start, tmp_path, per_device_train_batch_size=8, value_function=kind)
     output, _ = ranks.communicate(timeout=120)
     assert ranks.returncode == 0, output[-3000:]
-    found = torch.load(tmp_path / "two_ranks.pt")
-    assert found["ranks_equal"]
     first = AutoModelForCausalLM.from_pretrained(start).state_dict()
-    for name, tensor in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
-        frozen = "layers.2." in name or name.endswith("load_counts")  # multi-token prediction; counts since the update
-        assert frozen or name not in first or not torch.equal(tensor, first[name]), f"{name} did not move"
-    assert found["curve"].keys() == expected["curve"].keys() == set(range(1, 7))
-    for step, logged in expected["curve"].items():
-        assert found["curve"][step].keys() == logged.keys()
-        for name, value in logged.items():
-            assert found["curve"][step][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, name)
+    for kind, expected in whole.items():
+        found = torch.load(tmp_path / f"two_ranks_{kind}.pt")
+        assert found["ranks_equal"]
+        for name, tensor in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
+            frozen = "layers.2." in name  # multi-token prediction
+            begin = first.get(name.replace("value_head.trunk.", "model."))
+            assert frozen or begin is None or not torch.equal(tensor, begin), f"{name} did not move"
+        assert found["curve"].keys() == expected["curve"].keys() == set(range(1, 7))
+        for step, logged in expected["curve"].items():
+            assert found["curve"][step].keys() == logged.keys()
+            for name, value in logged.items():
+                assert found["curve"][step][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, name)
 
 
 def as_a_rank(start, output_dir):
     """What each of the two processes does."""
-    result, trainer = run_scripted(start, output_dir, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    flat = torch.cat([tensor.flatten().double() for tensor in result["weights"].values()])
-    both = trainer.accelerator.gather(flat[None])
-    if trainer.accelerator.is_main_process:
-        torch.save(result | {"ranks_equal": torch.equal(both[0], both[1])}, Path(output_dir) / "two_ranks.pt")
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for kind in KINDS:
+        result, trainer = run_scripted(start, output_dir, value_function=kind, **changes)
+        flat = torch.cat([tensor.flatten().double() for tensor in result["weights"].values()])
+        both = trainer.accelerator.gather(flat[None])
+        if trainer.accelerator.is_main_process:
+            result["ranks_equal"] = torch.equal(both[0], both[1])
+            torch.save(result, Path(output_dir) / f"two_ranks_{kind}.pt")
 
 
 if __name__ == "__main__":

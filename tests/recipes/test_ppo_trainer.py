@@ -2,21 +2,38 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
 from recipes.ppo_losses import adapted_kl_coef, generalized_advantages
+from recipes.ppo_setup import load_causal_lm
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
-from recipes.value_head import VALUE_FILE
-from tests.recipes.tiny_ppo import LENGTH, build, policy, rollout_of, share_of_t5, word_tokenizer, words
+from recipes.value_head import VALUE_FILE, ValueHead, build_value_head
+from tests.recipes.tiny_ppo import (
+    LENGTH,
+    build,
+    one_thread,  # noqa: F401
+    policy,
+    rollout_of,
+    share_of_t5,
+    word_tokenizer,
+    words,
+)
 
 
 def logged(trainer, name):
@@ -46,7 +63,8 @@ def test_the_private_seams_of_trl():
     source = inspect.getsource(GRPOTrainer)
     for attribute in ("_buffered_inputs", "_step", "_metrics", "eos_token_ids", "reward_weights", "epsilon_low",
                       "epsilon_high", "num_iterations", "current_gradient_accumulation_steps", "ref_model",
-                      "rollout_func", 'output["importance_sampling_ratio"]', "advantages.dim() == 1"):  # fmt: skip
+                      "rollout_func", '_logs["advantages"]',
+                      'output["importance_sampling_ratio"]', "advantages.dim() == 1"):  # fmt: skip
         assert attribute in source, attribute
     for name in ("beta", "num_iterations", "steps_per_generation", "generation_batch_size", "entropy_coef"):
         assert name in GRPOConfig.__dataclass_fields__
@@ -117,7 +135,8 @@ def test_extra_padding_on_either_side_changes_nothing(tmp_path):
         trainer.model.zero_grad()
         loss = trainer._compute_loss(trainer.model, batch)
         loss.backward()
-        losses.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])))
+        gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+        losses.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-6, rtol=1e-3)
 
@@ -131,6 +150,7 @@ def test_the_first_step_of_a_rollout_has_ratio_one(tmp_path):
     several.train()
     ratios = logged(several, "ratio")
     assert ratios[0] == 1.0 and ratios[1] != 1.0
+    assert not any(value is None for row in several.state.log_history for value in row.values())
 
 
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path):
@@ -156,7 +176,8 @@ def test_truncated_completions(tmp_path, choice):
     cut = scripted(lambda prompt: [7] * LENGTH if prompt.startswith("t1") else [7, 7, 2])
     trainer = build(
         tmp_path, reward=lambda completions, **_: [1.0] * len(completions), truncated_completions=choice, kl_coef=0.0,
-        arguments={"rollout_func": cut}, whiten_advantages=False, lam=1.0, missing_eos_penalty=0.25,
+        arguments={"rollout_func": cut}, whiten_advantages=False, lam=1.0,
+        missing_eos_penalty=0.25 if choice == "score" else None,
     )  # fmt: skip
     with torch.no_grad():
         trainer.model.value_head.linear.bias.fill_(0.5)
@@ -168,6 +189,41 @@ def test_truncated_completions(tmp_path, choice):
     expected = {"score": 0.75, "bootstrap": 0.5, "mask": 0.0}[choice]
     torch.testing.assert_close(rollout["returns"][is_cut], torch.full((int(is_cut.sum()), LENGTH), expected))
     assert rollout["loss_mask"][is_cut].any().item() == (choice != "mask")
+
+
+def test_text_of_a_tool_is_stepped_over(tmp_path):
+    """Tokens that the policy did not choose: no loss, no reward, no KL; the score is at the last one it chose."""
+    def rollout(prompts, trainer):
+        count = len(prompts)
+        return {
+            "prompt_ids": trainer.processing_class(prompts)["input_ids"], "logprobs": None,
+            "completion_ids": [[7, 8, 9, 10, 2], [7, 8, 2], [], [7, 2]] * (count // 4),
+            "env_mask": [[1, 1, 0, 0, 1], [1, 1, 0], [], [1, 1]] * (count // 4),
+        }  # fmt: skip
+
+    trainer = build(
+        tmp_path, reward=lambda completions, **_: [1.0] * len(completions), arguments={"rollout_func": rollout},
+        whiten_advantages=False, gamma=0.5, lam=1.0, num_ppo_epochs=1, max_steps=1,
+    )  # fmt: skip
+    returns = torch.tensor([[0.25, 0.5, 0, 0, 1], [0.5, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0.5, 1, 0, 0, 0]])
+    torch.testing.assert_close(rollout_of(trainer)["returns"], returns.repeat(2, 1))
+    trainer.train()
+    assert logged(trainer, "completions/empty") == [0.25]
+
+
+def test_importance_sampling_against_another_sampler(tmp_path):
+    """vLLM's probabilities differ from the trainer's: TRL's ratio, truncated, weighs each token's policy loss."""
+    half = scripted(lambda prompt: [7, 8, 9, 2])
+    sampled = lambda prompts, trainer: half(prompts, trainer) | {"logprobs": [[-3.0] * 4 for _ in prompts]}
+    trainer = build(tmp_path, arguments={"rollout_func": sampled}, vllm_importance_sampling_mode="token_truncate")
+    trainer.use_vllm, trainer._last_loaded_step = True, 0
+    rollout = rollout_of(trainer)
+    ratio = (rollout["old_per_token_logps"] + 3.0).exp().clamp(max=trainer.vllm_importance_sampling_clip_max)
+    torch.testing.assert_close(rollout["importance_sampling_ratio"], ratio)
+    assert ratio.std() > 0.01 and not rollout["returns"].isnan().any()
+    trainer.args.vf_coef = trainer.args.entropy_coef = 0.0
+    expected = -(ratio * rollout["advantages"] * rollout["loss_mask"]).sum() / rollout["loss_mask"].sum()
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, rollout), expected)
 
 
 def test_completions_without_a_token_and_without_a_score(tmp_path):
@@ -193,6 +249,15 @@ def test_the_kl_coefficient_adapts_and_is_logged(tmp_path):
     assert coefficients[0] == 0.1 and len(set(coefficients)) > 2
 
 
+def test_the_table_of_completions_has_their_advantages(tmp_path):
+    trainer = build(tmp_path)
+    rollout = rollout_of(trainer)
+    mask = rollout["loss_mask"]
+    expected = (rollout["advantages"] * mask).sum(1) / mask.sum(1)
+    assert list(trainer._logs["advantages"]) == pytest.approx(expected.tolist()) and expected.abs().max() > 0.1
+    assert len(trainer._logs["prompt"]) == 8
+
+
 # ---------------------------------------------------------------- the value function
 
 
@@ -201,11 +266,42 @@ def test_values_are_learned(tmp_path, kind):
     """The reward is known from the prompt alone: values can explain all of the returns."""
     trainer = build(
         tmp_path, reward=lambda prompts, **_: [float(prompt < "t2") for prompt in prompts], value_function=kind,
-        max_steps=60, kl_coef=0.0, learning_rate=3e-3, logging_steps=2, per_device_train_batch_size=32,
+        max_steps=40, kl_coef=0.0, learning_rate=5e-3, logging_steps=4, per_device_train_batch_size=32,
+        num_ppo_epochs=4, max_completion_length=4, value_trunk_gradient=True,
     )  # fmt: skip
     trainer.train()
     explained = logged(trainer, "explained_variance")
-    assert sum(explained[-8:]) / 8 > 0.5 > explained[0]
+    assert sum(explained[-4:]) / 4 > 0.5 > explained[0]
+
+
+def test_an_optimizer_made_before_the_value_function(tmp_path):
+    model = policy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = build(tmp_path, model=model, arguments={"optimizers": (optimizer, None)}, value_learning_rate=1e-2)
+    trainer.train()
+    assert trainer.model.value_head.linear.weight.any()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-2]
+
+
+def test_a_quantised_policy_is_not_copied(tmp_path):
+    model = policy()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="cannot copy a policy that is quantised.*value_model_name_or_path"):
+        build_value_head(model, "separate")
+
+
+@pytest.mark.parametrize("reaches", [False, True])
+def test_whether_the_value_loss_trains_the_trunk(tmp_path, reaches):
+    trainer = build(tmp_path, value_trunk_gradient=reaches)
+    with torch.no_grad():
+        trainer.model.value_head.linear.weight.normal_()
+    values = trainer.model(
+        input_ids=torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None], fused_lm_head=True
+    ).value_preds
+    values.sum().backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    found = {name.partition(".")[0] for name, gradient in gradients.items() if gradient.any()}
+    assert found == ({"value_head", "model"} if reaches else {"value_head"})
 
 
 def test_a_separate_value_model_starts_from_a_reward_model(tmp_path):
@@ -227,15 +323,55 @@ def test_a_separate_value_model_starts_from_a_reward_model(tmp_path):
     assert {rates[id(p)] for n, p in trainer.model.named_parameters() if p.requires_grad and "value" not in n} == {1e-2}
 
 
+def test_values_in_the_precision_of_their_weights(tmp_path):
+    """FSDP's and DeepSpeed's mixed precision hands out the weights in bfloat16."""
+    head = ValueHead(16).bfloat16()
+    with torch.no_grad():
+        head.linear.weight.normal_()
+    states = torch.randn(2, 3, 16)
+    values = head(states, {})
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, head.float()(states, {}), atol=0.1, rtol=0.1)
+
+
+LORA = LoraConfig(
+    r=4, target_modules=["q_a_proj", "kv_b_proj"], task_type="CAUSAL_LM", init_lora_weights=False,
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)  # fmt: skip
+
+
+def test_a_separate_value_model_of_an_adapted_policy(tmp_path):
+    """It is a plain model with the adapter merged, also where the experts are adapted; all of it is trained."""
+    changes = {"value_function": "separate", "arguments": {"peft_config": LORA}, "max_steps": 3}
+    trainer = build(tmp_path, save_strategy="steps", save_steps=1, **changes)
+    policy_trunk, trunk = trainer.model.get_base_model().model, trainer.model.get_base_model().value_head.trunk
+    assert not any("lora" in name or "base_layer" in name for name in trunk.state_dict())
+    frozen = {name for name, parameter in trunk.named_parameters() if not parameter.requires_grad}
+    assert all(name.startswith(f"layers.{len(trunk.layers) - 1}.") or "mtp" in name for name in frozen), frozen
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        states = [model.eval()(input_ids=ids).last_hidden_state for model in (trunk, policy_trunk)]
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-4)
+    trainer.train()
+    resumed = build(tmp_path / "resumed", **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged(resumed, "loss") == logged(trainer, "loss")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_other_models_and_adapters(tmp_path):
     """A dense model, with LoRA: the base stays as it is and is the reference."""
-    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = build(
         tmp_path, model=model, max_steps=8, kl_coef=0.1, save_strategy="steps", save_steps=8,
-        arguments={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")},
+        arguments={"peft_config": lora},
     )  # fmt: skip
     assert trainer.ref_model is None
     trainer.train()
@@ -264,8 +400,9 @@ def test_the_saved_policy_is_a_plain_causal_lm(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["DeepSeekR1ForCausalLM"]
 
 
-def test_vllm_gets_the_policy_and_the_routing_biases(tmp_path):
-    trainer = build(tmp_path)
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_vllm_gets_the_policy_and_the_routing_biases(tmp_path, kind):
+    trainer = build(tmp_path, value_function=kind)
 
     class Engine:  # vLLM is not here; TRL's own loop over the parameters is
         model, accelerator = trainer.model, trainer.accelerator
@@ -286,17 +423,37 @@ def test_vllm_gets_the_policy_and_the_routing_biases(tmp_path):
 
 @pytest.mark.parametrize("balance", ["update", "frozen"])
 def test_routing_biases_move_once_a_rollout_or_never(tmp_path, balance):
+    """Those of a separate value model as well; the gradient of the balance loss is a mean over micro-batches."""
     trainer = build(
-        tmp_path, expert_balance=balance, num_ppo_epochs=2, num_mini_batches=2, max_steps=8,
-        model=policy(bias_update_speed=0.01),
+        tmp_path, expert_balance=balance, num_ppo_epochs=2, num_mini_batches=2, max_steps=8, value_function="separate",
+        model=policy(bias_update_speed=0.01), per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
-    router = trainer.model.model.layers[1].mlp.gate
+    models = trainer.model, trainer.model.value_head.trunk
+    routers = [model.routers[1] for model in models]
     seen, step = [], trainer.training_step
-    trainer.training_step = lambda *a, **k: (seen.append(router.e_score_correction_bias.clone()), step(*a, **k))[1]
+
+    def recorded(*args, **kwargs):
+        seen.append([router.e_score_correction_bias.clone() for router in routers])
+        assert {router.balance_loss_scale.item() for router in routers} == {0.5}
+        return step(*args, **kwargs)
+
+    trainer.training_step = recorded
     trainer.train()
-    changes = [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
-    assert changes == [False, False, False, balance == "update", False, False, False]
-    assert sum(load.sum() for load in trainer.model.expert_load.values()) > 0  # measured either way
+    for biases in zip(*seen[::2]):
+        changes = [not torch.equal(a, b) for a, b in zip(biases, biases[1:])]
+        assert changes == [False, False, False, balance == "update", False, False, False]
+    assert all(model.expert_load[1].sum() > 0 for model in models)  # measured either way
+
+
+def test_tokens_counted_before_a_resume_count(tmp_path):
+    """The load that moves the biases is that of the whole rollout, also where a run resumes in the middle of one."""
+    settings = {"num_ppo_epochs": 2, "num_mini_batches": 2, "max_steps": 4}
+    whole = build(tmp_path, save_strategy="steps", save_steps=3, **settings)
+    whole.train()
+    resumed = build(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert whole.model.expert_load[1].sum() > 0
+    assert torch.equal(resumed.model.expert_load[1], whole.model.expert_load[1])
 
 
 def test_multi_token_prediction_is_frozen(tmp_path):
@@ -321,10 +478,23 @@ def test_evaluation_leaves_training_as_it_is(tmp_path):
 
 
 def test_kl_that_explodes_stops_the_run(tmp_path):
-    trainer = build(
-        tmp_path, learning_rate=0.5, max_steps=20, max_kl=0.5, save_strategy="steps", save_steps=2, num_ppo_epochs=2
-    )
-    with pytest.raises(FloatingPointError, match=r"KL to the reference is .* max_kl=0.5.*lower learning_rate=0.5"):
+    """The checkpoint that is named is older than the update that went too far, and can be gone on from."""
+    def speed_up(args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 if state.global_step >= 4 else 1e-3
+
+    callback = TrainerCallback()
+    callback.on_step_begin = speed_up
+    changes = {"max_steps": 20, "max_kl": 0.5, "learning_rate": 1e-3}
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2, arguments={"callbacks": [callback]}, **changes)
+    expected = r"KL to the reference is .* at step 6, above max_kl=0.5.*is .*checkpoint-4;.*lower learning_rate=0.001"
+    with pytest.raises(FloatingPointError, match=expected):
+        trainer.train()
+    again = build(tmp_path / "again", **(changes | {"max_steps": 6}))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 6
+    trainer = build(tmp_path / "other", learning_rate=0.5, max_steps=4, max_kl=0.5)
+    with pytest.raises(FloatingPointError, match="There is no checkpoint from before"):
         trainer.train()
 
 
@@ -344,7 +514,11 @@ def test_kl_that_explodes_stops_the_run(tmp_path):
         ({"max_completion_length": 64}, "exceed the model's context of 64 tokens"),
         ({"per_device_train_batch_size": 64}, "32 prompts are fewer than the 64 of a rollout"),
         ({"value_model_name_or_path": "nowhere"}, "value_function=shared reads only"),
+        ({"value_function": "separate", "value_model_name_or_path": "none"}, "value_model_name_or_path='none' cannot"),
         ({"reward_weights": [1.0, 2.0]}, "reward weights"),
+        ({"reward_weights": [0.0]}, r"reward_weights=\[0.0\] must be other than 0"),
+        ({"ref_model_sync_steps": 5}, "ref_model_sync_steps=5 has no effect"),
+        ({"missing_eos_penalty": 1.0, "truncated_completions": "mask"}, "missing_eos_penalty=1.0 has no effect with"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, changes, message):
@@ -361,6 +535,18 @@ def test_references_and_rewards_that_cannot_be_found(tmp_path):
         build(tmp_path, reward=[share_of_t5, 3])
     with pytest.raises(ValueError, match="vocabulary of 40 tokens, the policy 32"):
         build(tmp_path, arguments={"ref_model": policy(vocab_size=40)})
+
+
+def test_a_rollout_function_without_completions(tmp_path):
+    trainer = build(tmp_path, arguments={"rollout_func": lambda prompts, trainer: {"prompt_ids": [[3]] * len(prompts)}})
+    with pytest.raises(ValueError, match="rollout_func must return keys"):
+        trainer.train()
+
+
+def test_a_checkpoint_that_cannot_be_resumed(tmp_path):
+    build(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True).train()
+    with pytest.raises(ValueError, match="rollout_0.pt is missing: the checkpoint was saved with save_only_model"):
+        build(tmp_path / "again", max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_prompts_longer_than_the_budget(tmp_path):
@@ -418,14 +604,32 @@ def test_prompts_as_conversations(tmp_path):
     assert trainer.num_generations == 1
 
 
-def test_a_policy_given_as_a_folder(tmp_path):
+def test_a_policy_given_as_a_folder(tmp_path, caplog):
     policy().save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
-    trainer = PPOTrainer(
-        str(tmp_path / "base"), share_of_t5, train_dataset=words(),
-        args=PPOConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, max_steps=1, report_to="none", disable_tqdm=True,
-                       max_completion_length=4, per_device_train_batch_size=4, num_ppo_epochs=1),
+    args = PPOConfig(
+        str(tmp_path / "run"), use_cpu=True, bf16=False, max_steps=1, report_to="none", disable_tqdm=True,
+        max_completion_length=4, per_device_train_batch_size=4, num_ppo_epochs=1,
+        model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
+    trainer = PPOTrainer(str(tmp_path / "base"), share_of_t5, train_dataset=words(), args=args)
     trainer.train()
     assert isinstance(trainer.model, DeepSeekR1ForCausalLM)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict().keys() < trainer.model.state_dict().keys()
+    assert trainer.model.dtype == torch.bfloat16 and args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert "will be ignored" not in caplog.text
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    assert saved.keys() < trainer.model.state_dict().keys()
+    card = (tmp_path / "run" / "README.md").read_text() if trainer.create_model_card() is None else ""
+    assert "1707.06347" in card and "DeepSeekMath" not in card
+
+
+def test_processes_load_the_policy_whole(monkeypatch, tmp_path):
+    """On several GPUs `device_map=auto`, TRL's default, would spread each process's model over all of them."""
+    policy().save_pretrained(tmp_path)
+    args = PPOConfig(str(tmp_path / "run"), use_cpu=True, bf16=False)
+    seen = []
+    monkeypatch.setattr("recipes.ppo_setup.create_model_from_path", lambda path, **kwargs: seen.append(kwargs))
+    load_causal_lm(str(tmp_path), args)
+    monkeypatch.setattr(args, "distributed_state", SimpleNamespace(distributed_type="MULTI_GPU"))
+    load_causal_lm(str(tmp_path), args, quantization_config="some")
+    assert "device_map" not in seen[0] and seen[1]["device_map"] is None and seen[1]["quantization_config"] == "some"

@@ -35,18 +35,22 @@ def test_stages_get_what_earlier_ones_have_made(tmp_path):
 
 @pytest.mark.slow
 def test_all_stages_make_one_report(tmp_path):
-    few = ["--output_dir", str(tmp_path), "--pretrain.max_steps", "3", "--pretrain.eval_steps", "3", "--sft.max_steps", "3",
-           "--sft.eval_steps", "3", "--sft.eval_problems", "2", "--sft.eval_max_new_tokens", "4", "--reward.max_steps",
-           "3", "--ppo.max_steps", "4", "--ppo.eval_steps", "4", "--ppo.eval_problems", "2", "--ppo.eval_max_new_tokens",
-           "4", "--ppo.max_completion_length", "6"]  # fmt: skip
+    few = [
+        "--output_dir", str(tmp_path), "--pretrain.max_steps", "3", "--pretrain.eval_steps", "3",
+        "--sft.max_steps", "3", "--sft.eval_steps", "3", "--sft.eval_problems", "2", "--sft.eval_max_new_tokens", "4",
+        "--reward.max_steps", "3", "--ppo.max_steps", "4", "--ppo.eval_steps", "4", "--ppo.eval_problems", "2",
+        "--ppo.eval_max_new_tokens", "4", "--ppo.max_completion_length", "6",
+    ]  # fmt: skip
     found = quickstart.main(few)
     assert set(found["results"]) == set(quickstart.STAGES) and found["report"] == tmp_path / "report.html"
     page = (tmp_path / "report.html").read_text()
     accuracy = found["results"]["ppo"]["tasks"]["after"]["tasks"]["leg_counting"]["pass@1"]["value"]
     assert f"{100 * accuracy:.1f}" in page and "ppo/report.html" in page and "bits per byte" in page
-    assert "reward, first and last logged" in page and "Mean reward of the completions" in page
+    assert "reward, first and last fifth of the run" in page and "Mean reward of the completions" in page
+    assert "<th>fine-tuned</th>" in page and "<th>after PPO</th>" in page
     for stage in quickstart.STAGES:
-        assert json.loads((tmp_path / stage / "eval.json").read_text()) == json.loads(json.dumps(found["results"][stage]))
+        written = json.loads((tmp_path / stage / "eval.json").read_text())
+        assert written == json.loads(json.dumps(found["results"][stage]))
         assert (tmp_path / stage / "report.html").is_file()
     again = quickstart.main(few)["results"]
     for stage, name in (("sft", "before"), ("sft", "after"), ("ppo", "after")):  # nothing is done twice

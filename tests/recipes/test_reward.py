@@ -1,11 +1,13 @@
-"""recipes/reward.py from end to end: a model that learns, resuming, adapters, other classifiers, processes, bad input."""
+"""recipes/reward.py from end to end: a model that learns, resuming, adapters, other classifiers, steps, bad input."""
 
 import json
+import logging
 import random
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -18,26 +20,30 @@ from transformers import (
 )
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
+from data_scripts.judge_preferences import prepare as judge_pairs
+from data_scripts.preference_baselines import baselines
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import reward
 from recipes.logging_callbacks import read_metrics
 from recipes.reporting import build_report
+from recipes.reward_data import RewardEncoding, encode_pairs
+from recipes.reward_functions import ModelReward
 from recipes.reward_scoring import load_reward_model, score, score_steps
 from tests.recipes.tiny_run import SIZES
 
+SMALL = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 GOOD, BAD = "the sum is right", "the sum is off"
 
 
 def pair(number, generator):
     """Reasoning of random length on both sides; only the answer tells them apart."""
-    sides = [
-        f"<think>\n{' '.join(str(generator.randrange(10)) for _ in range(generator.randrange(1, 9)))}\n</think>\n\n{answer}"
-        for answer in (GOOD, BAD)
-    ]
+    thoughts = [" ".join(str(generator.randrange(10)) for _ in range(generator.randrange(1, 9))) for _ in range(2)]
+    sides = [f"<think>\n{thought}\n</think>\n\n{answer}" for thought, answer in zip(thoughts, (GOOD, BAD))]
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in sides)
     prompt = [{"role": "user", "content": f"What is {number} + {number}?"}]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "problem": str(number),
-            "source": "even" if number % 2 == 0 else "odd"}  # fmt: skip
+            "source": "even" if number % 2 == 0 else "odd", "kind": "five" if number % 5 == 0 else "other"}  # fmt: skip
 
 
 def solution(number, generator):
@@ -63,6 +69,7 @@ def base(tmp_path_factory):
     for name, rows in (("pairs", pairs), ("steps", steps)):
         write(folder / name / "train.jsonl", rows[:200])
         write(folder / name / "test.jsonl", rows[200:])
+    (folder / "pairs" / "manifest.json").write_text(json.dumps({"baselines": baselines(pairs[:200], pairs[200:])}))
     texts = [row["prompt"][0]["content"] + row["chosen"][0]["content"] + BAD for row in pairs]
     tokenizer = train_tokenizer(texts, 400)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -92,6 +99,12 @@ def finished(base, tmp_path_factory):
     return folder, reward.main(arguments(base, folder))
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs without report.html, which takes as long as their training."""
+    monkeypatch.setattr("recipes.reward_results.write_report", lambda folder: folder / "report.html")
+
+
 def weights(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
 
@@ -108,12 +121,16 @@ def test_a_run_learns_and_leaves_what_it_promises(finished):
     assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(results))
     records = read_metrics(folder / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]
-    assert train[-1]["loss"] < 0.3 < train[0]["loss"] and train[-1]["accuracy"] > 0.9 and train[-1]["load max/mean"] >= 1
+    assert train[-1]["loss"] < 0.3 < train[0]["loss"] and train[-1]["accuracy"] > 0.9
+    assert train[-1]["load max/mean"] >= 1
     last = [r for r in records if r["kind"] == "eval"][-1]
     assert last["step"] == 24 and last["eval accuracy"] == found["accuracy"]["value"]
-    page = build_report(folder)
+    page = (folder / "report.html").read_text()
     assert "Reward model run" in page and "nats per pair" in page and page.count("<svg") >= 8
     assert "nats per token" not in page
+    assert set(found["by_kind"]) == {"even: five", "even: other", "odd: five", "odd: other"}
+    words = results["data_baselines"]["even: five"]["unigram"]
+    assert "words alone, %" in page and f"{100 * words['accuracy']:.1f} <span" in page
 
 
 def test_the_saved_model_gives_the_rewards_of_the_evaluation(finished, base):
@@ -124,13 +141,18 @@ def test_the_saved_model_gives_the_rewards_of_the_evaluation(finished, base):
     for side in ("chosen", "rejected"):
         rewards = score(model, tokenizer, [r["prompt"] for r in rows], [r[side] for r in rows], batch_size=7)
         assert rewards == pytest.approx([r[side] for r in stored], abs=1e-4)
+    # PPO's reward function reads the same tokens as training did.
+    encoded = encode_pairs(rows[:1], tokenizer, RewardEncoding("preference", 96))[0]
+    sampled = encoded["chosen_ids"][-encoded["chosen_tokens"] :]
+    as_function = ModelReward(model, tokenizer, tokenizer)
+    assert as_function.sequences([rows[0]["prompt"]], [None], [sampled]) == [encoded["chosen_ids"]]
     normalised = score(model, tokenizer, [rows[0]["prompt"]], [rows[0]["chosen"]], normalise=True)[0]
     mean, std = results["preferences"]["reward"]["mean"], results["preferences"]["reward"]["std"]
     assert normalised == pytest.approx((stored[0]["chosen"] - mean) / std, abs=1e-4)
     assert model.config.num_nextn_predict_layers == 0 and model.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, base, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(finished, base, tmp_path, no_report):
     folder, results = finished
     tmp_path = shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "checkpoint-24" / "COMPLETE.json").unlink()  # as a kill in the middle of its save leaves it
@@ -142,7 +164,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, base, tmp_path):
         reward.main(arguments(base, tmp_path, "--use_margin", "false", "--resume_from_checkpoint", "true"))
 
 
-def test_adapters_train_the_head_whole_and_merge(base, tmp_path):
+def test_judges_keep_the_pairs_that_they_are_sure_of(finished, base, tmp_path):
+    folder, results = finished
+    stored = [json.loads(line) for line in (folder / "held_out_rewards.jsonl").read_text().splitlines()]
+    manifest = judge_pairs(base / "pairs", tmp_path / "kept", judges=[folder, folder], margin=0.5, judgements=2)
+    kept = {row["problem"]: row for row in map(json.loads, (tmp_path / "kept" / "test.jsonl").read_text().splitlines())}
+    assert manifest["splits"]["test"]["kept"] == len(kept) > 10
+    differences = {row["problem"]: row["chosen"] - row["rejected"] for row in stored}
+    spread = {round(differences[name] / row["margin"], 3) for name, row in kept.items()}
+    assert len(spread) == 1  # one scale for all
+    assert min(differences[name] for name in kept) > 0.5 * spread.pop() - 1e-2
+    with pytest.raises(ValueError, match="is the source, which would be lost"):
+        judge_pairs(base / "pairs", base / "pairs", judges=[folder])
+    model, tokenizer = load_reward_model(folder)
+    with pytest.raises(ValueError, match="exceed the context of the reward model .256."):
+        score(model, tokenizer, ["1 " * 300], ["2"])
+
+
+def test_only_a_new_head_is_silent(base, tmp_path, caplog, monkeypatch):
+    """The library's report of missing weights is shown where more than the head is missing."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog sees it
+    args = reward.parse_config(reward.RewardRecipeConfig, arguments(base, tmp_path))
+    tokenizer = reward.load_chat_tokenizer(args)
+    reward.load_for_training(args, tokenizer)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "model")
+    args.model_name_or_path = str(tmp_path / "model")
+    reward.load_for_training(args, tokenizer)
+    assert "LOAD REPORT" not in caplog.text and caplog.text.count("its reward head is new") == 2
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    reward.load_for_training(args, tokenizer)
+    assert "LOAD REPORT" in caplog.text and "embed_tokens" in caplog.text
+
+
+def test_adapters_train_the_head_whole_and_merge(base, tmp_path, no_report):
     lora = ("--lora_rank", "2", "--lora_groups", "attention", "routed_experts")
     results = reward.main(arguments(base, tmp_path, *lora, *SHORT))
     assert results["merged_logits_difference"] < 1e-4
@@ -156,8 +212,8 @@ def test_adapters_train_the_head_whole_and_merge(base, tmp_path):
         load_reward_model(tmp_path)
 
 
-def test_process_rewards(base, tmp_path):
-    changes = ("--kind", "process", "--max_steps", "40", "--eval_steps", "20")
+def test_process_rewards(base, tmp_path, no_report):
+    changes = ("--kind", "process", "--learning_rate", "2e-2", "--eval_strategy", "no", "--save_strategy", "no")
     results = reward.main(arguments(base, tmp_path, *changes, data="steps"))
     found = results["process"]
     assert found["steps"] == 120 and found["accuracy"]["value"] > 0.9 and found["first_error"]["f1"] > 0.8
@@ -174,19 +230,17 @@ def test_process_rewards(base, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_any_other_classifier(base, tmp_path, family):
+def test_any_other_classifier(base, tmp_path, family, no_report):
     """From a causal LM with a new head, and from a saved classifier."""
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
     tokenizer = reward.load_chat_tokenizer(reward.parse_config(reward.RewardRecipeConfig, arguments(base, tmp_path)))
     set_seed(0)
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+        model = LlamaForCausalLM(LlamaConfig(**SMALL))
     else:
-        model = BertForSequenceClassification(BertConfig(**sizes, num_labels=1))
+        model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=1))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    more = ("--max_steps", "60", "--learning_rate", "5e-3", "--eval_strategy", "no", "--save_strategy", "no")
+    more = ("--max_steps", "30", "--learning_rate", "1e-2", "--eval_strategy", "no", "--save_strategy", "no")
     results = reward.main(arguments(base, tmp_path / "run", *more, "--model_name_or_path", str(tmp_path / "model")))
     assert results["preferences"]["accuracy"]["value"] > 0.9
 
@@ -226,7 +280,8 @@ def test_a_model_that_cannot_be_a_reward_model_is_named(base, tmp_path):
         config = BertConfig(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                             num_attention_heads=1, num_labels=labels)  # fmt: skip
         BertForSequenceClassification(config).save_pretrained(tmp_path / name)
-        tokenizer = reward.load_chat_tokenizer(reward.parse_config(reward.RewardRecipeConfig, arguments(base, tmp_path)))
+        args = reward.parse_config(reward.RewardRecipeConfig, arguments(base, tmp_path))
+        tokenizer = reward.load_chat_tokenizer(args)
         tokenizer.chat_template = tokenizer.chat_template if template else None
         tokenizer.save_pretrained(tmp_path / name)
 

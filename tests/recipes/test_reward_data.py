@@ -9,14 +9,13 @@ from data_scripts.train_tokenizer import train_tokenizer
 from recipes.chat_format import set_chat_template
 from recipes.reward_data import (
     RewardEncoding,
-    encode_pair,
+    encode_pairs,
     encode_rows,
     encode_steps,
-    render,
-    render_steps,
     split_rows,
     without_trained,
 )
+from recipes.reward_rendering import render, render_steps
 
 PROMPT = [{"role": "user", "content": "What is 2 + 3?"}]
 THOUGHT = "<think>\n2+3=5\n</think>\n\nThe answer is 5."
@@ -28,12 +27,20 @@ def tokenizer():
     return train_tokenizer([PROMPT[0]["content"] + THOUGHT] * 3, 400)
 
 
+def encode_pair(row, tokenizer, encoding):
+    found = encode_pairs([row], tokenizer, encoding)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def said(text):
     return [{"role": "assistant", "content": text}]
 
 
 def generation_prompt(tokenizer, **form):
-    return tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True, **form)["input_ids"]
+    form |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return tokenizer.apply_chat_template(PROMPT, **form)["input_ids"]
 
 
 @pytest.mark.parametrize("template", ["deepseek_r1", "deepseek_r1_zero"])
@@ -64,6 +71,14 @@ def test_both_sides_have_the_same_prompt(tokenizer, content, written):
     assert row["chosen_ids"][: len(start)] == row["rejected_ids"][: len(start)] == start
     assert tokenizer.decode(row["rejected_ids"][len(start) :]) == written + tokenizer.eos_token
     assert row["rejected_tokens"] == len(row["rejected_ids"]) - len(start)
+
+
+@pytest.mark.parametrize("form", [str, said], ids=["text", "message"])
+def test_nothing_stands_behind_an_end_token(tokenizer, form):
+    end = tokenizer.eos_token
+    assert render(tokenizer, PROMPT, form("5" + end)) == render(tokenizer, PROMPT, form("5"))
+    with pytest.raises(ValueError, match="before its end; no policy writes on behind it"):
+        render(tokenizer, PROMPT, form(f"5{end} or 6"))
 
 
 def test_direct_answers_have_a_prompt_without_reasoning(tokenizer):
@@ -133,12 +148,16 @@ def test_margins_and_problems(tokenizer, tmp_path):
     encoded, report = encode_rows(Dataset.from_list(rows), tokenizer, ENCODING, "here")
     assert encoded["margin"][:3] == [1.5, 0.0, 1.5] and encoded["problem"][:4] == ["0", "0", "0", "1"]
     assert report.lines()[0].startswith("60 pairs of 20 problems")
-    ignored, _ = encode_rows(Dataset.from_list(rows), tokenizer, RewardEncoding("preference", 200, use_margin=False), "here")
+    without = RewardEncoding("preference", 200, use_margin=False)
+    ignored, _ = encode_rows(Dataset.from_list(rows), tokenizer, without, "here")
     assert "margin" not in ignored.column_names
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     train, held_out = split_rows(str(file), 0.3, 0)
     assert len(train) + len(held_out) == 60 and not set(train["problem"]) & set(held_out["problem"])
+    file.write_text("\n".join(json.dumps(row | {"key": number}) for number, row in enumerate(rows)))
+    train, held_out = split_rows(str(file), 0.3, 0)  # a column of that name says nothing about problems
+    assert not set(train["problem"]) & set(held_out["problem"]) and "key" in train.column_names
     kept, shared = without_trained(encoded, encoded.select(range(6)))
     assert len(kept) == 54 and shared == 6
 

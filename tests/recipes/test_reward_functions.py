@@ -61,7 +61,8 @@ def test_an_exception_says_where():
     def judge(**_):
         raise KeyError("reference")
 
-    with pytest.raises(ValueError, match="'judge' raised KeyError at step 7: 'reference'.*first prompt was 'p'") as info:
+    said = "'judge' raised KeyError at step 7: 'reference'.*first prompt was 'p'"
+    with pytest.raises(ValueError, match=said) as info:
         call(checked(judge))
     assert isinstance(info.value.__cause__, KeyError)
 
@@ -183,7 +184,7 @@ def test_normalised_rewards(tokenizers):
     assert normal == pytest.approx([(value - 0.5) / 2 for value in plain])
 
 
-def test_rewards_by_name_keep_their_order(tokenizers, model, tmp_path):
+def test_rewards_by_name_keep_their_order(tokenizers, model, tmp_path, monkeypatch):
     folder = tmp_path / "judge"
     model.save_pretrained(folder)
     tokenizers[0].save_pretrained(folder)
@@ -194,6 +195,10 @@ def test_rewards_by_name_keep_their_order(tokenizers, model, tmp_path):
     direct = ModelReward(model, tokenizers[0], tokenizers[0])
     asked = {"prompts": PROMPTS, "completions": conversations(), "completion_ids": sampled(tokenizers[0])}
     assert found[1](**asked) == pytest.approx(direct(**asked), abs=1e-6)
+    args.all_rewards, args.reward_kwargs = [str(folder) + "/", "format"], None
+    (tmp_path / "format").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder with a rule's name does not take its place
+    assert [reward.__name__ for reward in build_rewards(args, tokenizers[0])] == ["judge", "format"]
     args.all_rewards = ["format", "formal"]
     with pytest.raises(ValueError, match="unknown reward 'formal'"):
         build_rewards(args, tokenizers[0])

@@ -46,7 +46,8 @@ def test_bad_judgements_are_named(judgements, match):
 
 
 def test_a_folder_is_judged(tmp_path):
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row(m, m, name=str(i))) for i, m in enumerate((3, 0.5, 2))))
+    rows = [row(margin, margin, name=str(number)) for number, margin in enumerate((3, 0.5, 2))]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = prepare(tmp_path, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
     assert [r["problem"] for r in rows] == ["0", "2"] and [r["margin"] for r in rows] == [3, 2]

@@ -37,6 +37,12 @@ def test_accuracy_loss_and_margins():
     assert found["loss"] == pytest.approx(loss.mean())
     assert found["by_source"]["b"]["pairs"] == 100
     assert found["by_source"]["b"]["value"] == (chosen > rejected)[::3].mean()
+    assert found["by_source"]["b"]["longer"]["value"] == preferred(data["chosen_tokens"], data["rejected_tokens"])[
+        ::3].mean()
+    assert found["by_kind"] == {}
+    kinds = ["easy" if source == "a" else "b" for source in data["sources"]]
+    _, split = figures(kinds=kinds)
+    assert split["by_kind"] == {"a: easy": split["by_source"]["a"]}
     assert found["margin"]["mean"] == pytest.approx((chosen - rejected).mean())
     assert preferred([1, 2, 0], [0, 2, 1]).tolist() == [1, 0.5, 0]
 

@@ -38,17 +38,20 @@ def pairs(count=8, seed=0, margins=True):
     chosen, rejected = sequences(count, seed), sequences(count, seed + 1)
     columns = {
         "chosen_ids": chosen, "rejected_ids": rejected, "chosen_tokens": list(map(len, chosen)),
-        "rejected_tokens": list(map(len, rejected)), "problem": [str(i // 2) for i in range(count)], "source": ["a"] * count,
+        "rejected_tokens": list(map(len, rejected)), "problem": [str(i // 2) for i in range(count)],
+        "source": ["a"] * count, "kind": ["a"] * count,
     }  # fmt: skip
     return Dataset.from_dict(columns | ({"margin": [0.25 * (i % 3) for i in range(count)]} if margins else {}))
 
 
 def solutions(count=8, seed=0):
     rows = sequences(count, seed)
-    labels = [[-100 if place % (2 + i % 3) else (place + i) % 2 for place in range(len(ids))] for i, ids in enumerate(rows)]
+    labels = [
+        [-100 if place % (2 + i % 3) else (place + i) % 2 for place in range(len(ids))] for i, ids in enumerate(rows)
+    ]
     labels = [[-100, *row[1:]] for row in labels]
     return Dataset.from_dict({"input_ids": rows, "step_labels": labels, "problem": list(map(str, range(count))),
-                              "source": ["a"] * count})  # fmt: skip
+                              "source": ["a"] * count, "kind": ["a"] * count})  # fmt: skip
 
 
 def build(tmp_path, tokenizer, kind="preference", **changes):
@@ -99,7 +102,8 @@ def test_the_step_does_not_depend_on_its_micro_batches(tmp_path, tokenizer, kind
         for router in trainer.model.routers.values():
             router.seq_aux_loss_alpha = 0.0  # that of a bare trainer: ExpertBalanceCallback divides it
         trainer.train()
-        found.append((trainer.state.log_history[0], {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+        parameters = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
+        found.append((trainer.state.log_history[0], parameters))
     (one, weights), (other, others) = found
     for name in ("loss", "accuracy"):
         assert one[name] == pytest.approx(other[name], rel=1e-5)

@@ -1,4 +1,4 @@
-"""recipes/rewards.py: every rule on right, wrong, malformed and empty answers; names, settings, users' own functions."""
+"""recipes/rewards.py: every rule on right, wrong, malformed and empty answers; names, settings, users' functions."""
 
 import asyncio
 
@@ -53,7 +53,8 @@ def test_format():
 
 
 def test_language_counts_words():
-    texts = ["so it is</think>答案", "so 我们</think>so", "2 + 3 = 5</think>5", "我们</think>so", "", "  </think>answer"]
+    texts = ["so it is</think>答案", "so 我们</think>so", "2 + 3 = 5</think>5", "我们</think>so", ""]
+    texts += ["  </think>answer"]
     assert reward("language", *texts) == [1.0, pytest.approx(1 / 3), 1.0, 0.0, 0.0, 0.0]
     assert reward("language", *texts[:2], settings={"target": "zh"}) == [0.0, pytest.approx(2 / 3)]
     with pytest.raises(ValueError, match="reward_kwargs.language.target='xx' must be one of ar, de"):
@@ -95,7 +96,8 @@ def test_names():
 
 def test_functions_of_a_users_own(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def short(completions, limit=3, **columns):\n    return [float(len(c) < limit) for c in completions]\n"
+    path.write_text("def short(completions, limit=3, **columns):\n"
+                    "    return [float(len(c) < limit) for c in completions]\n"
                     "async def later(completions, **columns):\n    return [2.0] * len(completions)\n")  # fmt: skip
     short, later = get_rewards([f"{path}:short", f"{path}:later"], {"short": {"limit": 2}})
     assert short.__name__ == "short" and short(prompts=[], completions=["a", "ab"], completion_ids=[]) == [1.0, 0.0]

@@ -1,5 +1,6 @@
 """A policy of one-word tokens and a run of PPO small enough for tests."""
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +12,15 @@ from tests.recipes.tiny_run import SIZES
 
 WORDS = [f"t{place}" for place in range(29)]
 LENGTH = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small to share out: where cores are busy, threads that wait for each other take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def word_tokenizer():
