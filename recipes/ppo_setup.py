@@ -3,13 +3,14 @@
 import copy
 
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
 from recipes.callbacks import ExpertBalanceCallback, balanced_model
 from recipes.reward_functions import ModelReward, checked
+from recipes.reward_scoring import load_reward_model
 
 
 def causal_lm(model):
@@ -100,7 +101,8 @@ def reward_functions(rewards, tokenizers, policy_tokenizer, batch_size, chat_tem
     functions, models = [], []
     for reward, tokenizer in zip(rewards, tokenizers):
         if isinstance(reward, str):
-            reward = load_named("reward_funcs", reward, AutoModelForSequenceClassification.from_pretrained)
+            reward, own = load_named("reward_funcs", reward, load_reward_model)
+            tokenizer = own if tokenizer is None else tokenizer
         if isinstance(reward, PreTrainedModel):
             if tokenizer is None:
                 path = reward.config._name_or_path

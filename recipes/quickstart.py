@@ -41,7 +41,7 @@ PARTS = {
 TASKS = ("simple_equations:1", "leg_counting:1")  # those of the configs' evaluations
 # Shorter than the configs, so that all stages together take about ten minutes.
 SHORTER = {
-    "pretrain": ["--max_steps", "300"], "sft": ["--max_steps", "900", "--eval_steps", "450", "--save_steps", "450"],
+    "pretrain": ["--max_steps", "300"], "sft": ["--max_steps", "1100", "--eval_steps", "550", "--save_steps", "550"],
     "reward": [], "ppo": [],
 }  # fmt: skip
 
@@ -87,7 +87,8 @@ def make_data(folder):
     print(prepare_pretraining.summary(prepare_pretraining.prepare(folder / "data", size="tiny")))
     prepare_sft.main(["--output_dir", str(folder / "data_sft"), "--size", "tiny"])
     prepare_preferences.main(["--output_dir", str(folder / "data_preferences"), "--size", "tiny"])
-    prepare_prompts.main(["--output_dir", str(folder / "data_prompts"), "--tasks", *TASKS])
+    few = ["--train", "64", "--test", "64"]  # as ppo_tiny.yaml wants them
+    prepare_prompts.main(["--output_dir", str(folder / "data_prompts"), *few, "--tasks", *TASKS])
 
 
 def write_report(folder, results, seconds):

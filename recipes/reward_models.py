@@ -110,7 +110,7 @@ class HeadLoader:
                 lacking = [key for key in info["missing_keys"] if key.startswith(body)]
                 wrong = [str(key[0]) for key in info["mismatched_keys"] if str(key[0]).startswith(body)]
                 if wrong:
-                    raise ValueError(f"{name} has weights of another shape than its config says: {', '.join(wrong[:4])}")
+                    raise ValueError(f"{name}: weights of another shape than its config says: {', '.join(wrong[:4])}")
             finally:
                 shown = [record for record in records if lacking or "LOAD REPORT" not in record.getMessage()]
         for record in shown:
