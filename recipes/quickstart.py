@@ -41,7 +41,7 @@ PARTS = {
 TASKS = ("simple_equations:1", "leg_counting:1")  # those of the configs' evaluations
 # Shorter than the configs, so that all stages together take about ten minutes.
 SHORTER = {
-    "pretrain": ["--max_steps", "300"], "sft": ["--max_steps", "1100", "--eval_steps", "550", "--save_steps", "550"],
+    "pretrain": ["--max_steps", "300"], "sft": ["--max_steps", "900", "--eval_steps", "450", "--save_steps", "450"],
     "reward": [], "ppo": [],
 }  # fmt: skip
 
