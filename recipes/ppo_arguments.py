@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
+from recipes.run_settings import has_bf16
+
 # Fields of GRPO's that PPO does not use: what takes their place.
 REPLACED = {
     "beta": "kl_coef", "num_iterations": "num_ppo_epochs", "steps_per_generation": "num_mini_batches",
@@ -102,6 +104,8 @@ class PPOConfig(GRPOConfig):
     scale_rewards: str = _setting("none", "Has no effect: see whiten_advantages.")
 
     def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = has_bf16(self)  # TRL's default is an error without a GPU
         self._check_choices()
         self._check_numbers()
         self._check_replaced()

@@ -10,6 +10,11 @@ def setting(default, text):
     return field(default=default, metadata={"help": text})
 
 
+def has_bf16(args):
+    """Whether bf16 compute is what these training arguments want by default: on a GPU that has it, without fp16."""
+    return not args.use_cpu and not args.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 @dataclass
 class RunSettings:
     """Put before `transformers.TrainingArguments` (or a config of TRL's) in the list of bases.
@@ -53,9 +58,7 @@ class RunSettings:
         if self.weights_dtype == "bfloat16":
             self.bf16 = False  # nothing is left to cast
         if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = has_bf16(self)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()  # that of the library's config, next in the order of bases

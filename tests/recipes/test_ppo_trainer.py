@@ -633,3 +633,9 @@ def test_processes_load_the_policy_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(args, "distributed_state", SimpleNamespace(distributed_type="MULTI_GPU"))
     load_causal_lm(str(tmp_path), args, quantization_config="some")
     assert "device_map" not in seen[0] and seen[1]["device_map"] is None and seen[1]["quantization_config"] == "some"
+
+
+def test_the_defaults_work_without_a_gpu(tmp_path):
+    """TRL's own ask for bf16, which is an error there."""
+    args = PPOConfig(str(tmp_path))
+    assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
