@@ -185,15 +185,32 @@ def curve_rows(found):
     return rows
 
 
+def print_pilots(folder):
+    """Rewards of each logged rollout, and held-out accuracies of reward models, from single files."""
+    for path in sorted(folder.glob("*.jsonl")):
+        records = [record for record in read_metrics(path) if record["kind"] == "train"]
+        print(path.stem, [round(record["reward"], 3) for record in records if record.get("reward") is not None])
+    for path in sorted(folder.glob("*.json")):
+        for kind in ("preferences", "process"):
+            found = json.loads(path.read_text()).get(kind)
+            if found:
+                print(path.stem, kind, "accuracy", with_interval(found["accuracy"]))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="folder of the fine-tuned model")
+    parser.add_argument("--base", type=Path, help="folder of the fine-tuned model")
+    parser.add_argument("--pilots", type=Path, help="only print the records of single runs in this folder")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/nano_ppo"))
     parser.add_argument("--size", default="nano", choices=["nano", "tiny"], help="tiny: a rehearsal on a CPU")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     args, overrides = parser.parse_known_args(argv)  # --ppo.max_steps 9, --reward.max_steps 9: of all runs
+    if args.pilots:
+        return print_pilots(args.pilots)
+    if args.base is None:
+        raise SystemExit("--base is missing: the folder of the fine-tuned model")
     folder, base = args.output_dir.resolve(), args.base.resolve()
     of_stage = {stage: [] for stage in STAGES}
     stage = None
