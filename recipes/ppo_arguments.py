@@ -67,8 +67,8 @@ class PPOConfig(GRPOConfig):
     )
     value_trunk_gradient: bool = _setting(
         False,
-        "Whether the value loss trains the policy's trunk as well (value_function=shared). It may disturb a policy that "
-        "is good already (benchmarks/LOG.md).",
+        "Whether the value loss trains the policy's trunk as well (value_function=shared). It may disturb a "
+        "policy that is good already (benchmarks/LOG.md).",
     )
     vf_coef: float = _setting(0.5, "Weight of the value loss.")
     cliprange_value: float | None = _setting(
