@@ -9,7 +9,9 @@ call prints the figures again. Settings:
 
     rules     accuracy and format by the tasks' verifiers
     model     the reward model alone, without KL: shows over-optimisation (arXiv:2210.10760)
-    model_kl  the reward model with KL to the SFT model in the reward
+    model_kl  the reward model with ten times the config's KL to the SFT model in the reward
+
+Processes share the card well only under the driver's multi-process service (nvidia-cuda-mps-control -d).
 """
 
 import argparse
@@ -50,7 +52,9 @@ def make_data(folder, size):
         call("-m", "data_scripts.prepare_prompts", "--output_dir", folder / "prompts", "--tasks", *tasks,
              "--train", 20000 if size == "nano" else 64, "--test", 250 if size == "nano" else 16)  # fmt: skip
     if not (folder / "preferences" / "train.jsonl").is_file():
-        call("-m", "data_scripts.prepare_preferences", "--output_dir", folder / "preferences", "--size", size)
+        sizes = ("--tasks", ",".join(tasks), "--problems", 15000, "--test_problems", 100) if size == "nano" else ()
+        call("-m", "data_scripts.prepare_preferences", "--output_dir", folder / "preferences", "--size", size,
+             "--only_given", "--source", "traces=built-in", *sizes)  # fmt: skip
 
 
 def train_reward_model(folder, base, size, overrides):
@@ -63,9 +67,8 @@ def train_reward_model(folder, base, size, overrides):
 def run_arguments(setting, folder):
     """What tells a setting from the others."""
     if setting == "rules":
-        rules = ["--rewards", "accuracy", "format", "--reward_weights", "1.0", "0.1"]
-        return [*rules, "--track_rewards", folder / "reward"]
-    kl = ["--kl_coef", "0.0"] if setting == "model" else []
+        return ["--rewards", "accuracy", "format", "--reward_weights", "1.0", "0.1"]
+    kl = ["--kl_coef", "0.0" if setting == "model" else "0.1"]
     model = ["--rewards", folder / "reward", "--reward_weights", "1.0"]
     return [*model, "--track_rewards", "accuracy", "format", *kl]
 
@@ -111,8 +114,8 @@ def read_runs(folder):
 
 
 def component(record, name):
-    """A reward by name ("reward": the reward model's), or a plain number of the record."""
-    return record.get("rewards", {}).get(name, record.get(name))
+    """A reward by name ("reward": the reward model's, which is its folder's name), or a plain number of the record."""
+    return record.get("rewards", {}).get(name) if name in ("accuracy", "reward") else record.get(name)
 
 
 def measured(runs, name):

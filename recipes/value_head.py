@@ -34,10 +34,14 @@ class PPOModelOutput(FusedCausalLMOutput):
 
 
 class ValueHead(nn.Module):
-    """V(s) from the last hidden state, in float32 also under autocast; 0 everywhere at first.
+    """V(s) of the state after each token, in float32 also under autocast; 0 everywhere at first.
 
-    A trunk of its own gets a linear head, as a reward model has it. On the policy's trunk, whose last state serves the
-    next token's logits, there is a hidden layer in between (measured: benchmarks/LOG.md, PPO against TRL's).
+    A trunk of its own gets a linear head, as a reward model has it. The last states of the policy's trunk are made to
+    predict the next token and say little about how the text went so far, so that the head on them looks back itself:
+
+        u_t = silu(A [h_t; h_t-1]),    m_t = mean of u_1 ... u_t,    V_t = w . silu(B [u_t; m_t])
+
+    over the tokens that are no padding (measured against other heads: benchmarks/LOG.md, PPO against TRL's).
 
     Args:
         trunk: None: the policy's hidden states are used; else a backbone of its own.
@@ -51,7 +55,9 @@ class ValueHead(nn.Module):
     def __init__(self, hidden_size, trunk=None):
         super().__init__()
         self.trunk = trunk
-        self.hidden = nn.Linear(hidden_size, hidden_size, dtype=torch.float32) if trunk is None else None
+        if trunk is None:
+            self.step = nn.Linear(2 * hidden_size, hidden_size, dtype=torch.float32)
+            self.hidden = nn.Linear(2 * hidden_size, hidden_size, dtype=torch.float32)
         self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -66,9 +72,17 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             # float32 where the weights are: FSDP and DeepSpeed may hand them out in bfloat16
             hidden_states = hidden_states.to(self.linear.weight.dtype)
-            if self.hidden is not None:
-                hidden_states = nn.functional.silu(self.hidden(hidden_states))
+            if self.trunk is None:
+                hidden_states = self._look_back(hidden_states, inputs.get("attention_mask"))
             return self.linear(hidden_states).squeeze(-1).float()
+
+    def _look_back(self, hidden_states, mask):
+        """(B, S, D) states, mask (B, S) or None -> (B, S, D) features of each prefix."""
+        real = torch.ones_like(hidden_states[..., :1]) if mask is None else mask.unsqueeze(-1).to(hidden_states.dtype)
+        previous = nn.functional.pad(hidden_states * real, (0, 0, 1, 0))[:, :-1]
+        steps = nn.functional.silu(self.step(torch.cat([hidden_states, previous], -1))) * real
+        means = steps.float().cumsum(1) / real.float().cumsum(1).clamp(min=1)
+        return nn.functional.silu(self.hidden(torch.cat([steps, means.to(steps.dtype)], -1)))
 
 
 def _model_of(model):

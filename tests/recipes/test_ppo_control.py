@@ -161,7 +161,7 @@ def test_the_saved_policy_is_a_plain_causal_lm(start, uninterrupted, killed, tmp
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
         assert set(load_file(folder / "value_head.safetensors")) == {
-            f"{layer}.{kind}" for layer in ("hidden", "linear") for kind in ("weight", "bias")
+            f"{layer}.{kind}" for layer in ("step", "hidden", "linear") for kind in ("weight", "bias")
         }
         stored = {name for file in folder.glob("model*.safetensors") for name in load_file(file)}
         assert stored and not any("value" in name for name in stored)

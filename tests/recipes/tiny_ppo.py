@@ -72,3 +72,8 @@ def rollout_of(trainer, rows=8):
     """The first rollout, scored, as one batch."""
     trainer.model.train()
     return trainer._generate_and_score_completions([trainer.train_dataset[place] for place in range(rows)])
+
+
+def logged(trainer, name):
+    """All logged values of a metric, in order."""
+    return [row[name] for row in trainer.state.log_history if name in row]
