@@ -1,9 +1,51 @@
-"""Reading a checkpoint folder's structure: which tensor lies in which file, and whether the files are whole."""
+"""A checkpoint folder on disk: which tensor lies in which file, whether the files are whole and are those written."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MANIFEST = "checksums.json"  # {"format": 1, "files": {name: {"bytes", "sha256"}}}: the weight files and their index
+
+
+def hash_file(path):
+    """sha256 of a file as hexadecimal digits, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path):
+    """Has the system write a file or folder to disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, text):
+    """Replaces `path` by `text` so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def write_manifest(folder):
+    """Writes `checksums.json` of the folder's safetensors files and index, all flushed to disk. Returns its content."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]):
+        flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    manifest = {"format": 1, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
 
 
 def read_header(path):

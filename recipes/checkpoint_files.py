@@ -1,11 +1,11 @@
 """Folders named checkpoint-N on disk: the completeness marker, what is wrong with one, which to resume."""
 
-import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
+
+from modeling_deepseek_r1.checkpoint_files import flush, hash_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -18,32 +18,6 @@ class IncompleteCheckpointError(ValueError):
     """A checkpoint that cannot be trusted; the message names the file and the way out."""
 
 
-def hash_file(path):
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path, text):
-    """Replace `path` by `text` so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
 def _files_of(folder):
     skipped = {MARKER, MARKER + ".tmp"}
     return sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in skipped)
@@ -54,13 +28,13 @@ def write_marker(folder, weights=None):
     folder = Path(folder)
     files = {}
     for path in _files_of(folder):
-        _fsync(path)
+        flush(path)
         files[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": hash_file(path),
         }
     for directory in [p for p in folder.rglob("*") if p.is_dir()] + [folder, folder.parent]:
-        _fsync(directory)
+        flush(directory)
     marker = {"format": 1, "files": files, "weights": weights or {}}
     write_atomically(folder / MARKER, json.dumps(marker, indent=1))
     return marker
