@@ -4,16 +4,20 @@ On disk every expert has its own matrices (`mlp.experts.7.gate_proj.weight`), in
 multi-token-prediction layer holds copies of the embedding and of the output head.
 """
 
+import inspect
 import os
 import re
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .checkpoint_files import check_weights
+from .checkpoint_files import MANIFEST, FolderSave, check_weights, read_header, verify_folder, weight_names
+from .checkpoint_shapes import EXPERT_KEY, MTP_COPIES, check_tensors
 from .fp8 import forget_dequantised_source, released_fp8
 
 CLASS_NAMES = (
@@ -29,8 +33,6 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_deepseek_r1.DeepSeekR1ForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_deepseek_r1.DeepSeekR1ForTokenClassification",
 }
-# The names under which an MTP layer stores its copies, and where the model holds the original.
-MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 HEAD_KEYS = ("score.weight", "score.bias")
 
 
@@ -55,9 +57,6 @@ def register_with_library():
         register_checkpoint_conversion_mapping(name, weight_converters(), overwrite=True)
     # Trainer's own label smoothing shifts the labels only for class names it finds here.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek_r1"] = "DeepSeekR1ForCausalLM"
-
-
-EXPERT_KEY = re.compile(r"(\d+)\.(gate|up|down)_proj\.weight")
 
 
 @torch.no_grad()
@@ -118,8 +117,58 @@ def wrong_checkpoint(missing, mtp_prefixes, path):
     return ValueError(f"{message} Check that the folder is complete and that its config.json belongs to it.")
 
 
+def mtp_prefixes(config):
+    """How the keys of the multi-token-prediction layers begin."""
+    last, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    return [f"model.layers.{index}." for index in range(last, last + depth)]
+
+
+def verified_snapshot(repo_id, kwargs):
+    """Downloads the weight files and `checksums.json` of a Hub repository -> (local folder, commit)."""
+    options = {key: kwargs.get(key) for key in ("cache_dir", "token", "revision")}
+    options |= {key: bool(kwargs.get(key)) for key in ("force_download", "local_files_only")}
+    inside = f"{kwargs['subfolder'].strip('/')}/" if kwargs.get("subfolder") else ""
+    patterns = [inside + name for name in ("*.safetensors", "*.safetensors.index*.json", MANIFEST)]
+    folder = snapshot_download(str(repo_id), allow_patterns=patterns, **options)
+    return folder, Path(folder).name
+
+
+def check_local_folder(source, kwargs, verify):
+    """Raises what `check_weights` or, if `verify`, `verify_folder` raises if `source` is a folder."""
+    folder = os.path.join(source, kwargs.get("subfolder") or "")
+    if not os.path.isdir(folder):
+        return
+    if verify:
+        verify_folder(folder)
+    elif not os.path.isfile(os.path.join(folder, "adapter_config.json")):  # else the weights are in another folder
+        check_weights(folder, kwargs.get("variant"))
+
+
+def read_headers(files):
+    """-> {tensor name: (path, header entry)} of the files to load. Raises ValueError if one is a pickle or damaged, or
+    a tensor is in two of them."""
+    headers = {}
+    for path in map(Path, files):
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file; pickles can run code when they are read, convert it first")
+        for key, entry in read_header(path).items():
+            if key in headers:
+                raise ValueError(f"{path}: {key} is in {headers[key][0].name} too; copy or download both again")
+            headers[key] = path, entry
+    return headers
+
+
+def check_downloaded(files):
+    """What `check_weights` says of a folder in the Hub's cache, for weights without variant."""
+    single, _, shards = weight_names()
+    if all(path.name == single or shards.fullmatch(path.name) for path in map(Path, files)):
+        check_weights(Path(files[0]).parent)
+
+
 class CheckpointLayoutMixin:
     """Loading and saving in the released layout, for `DeepSeekR1PreTrainedModel`."""
+
+    _folder_save = None  # the save that is under way in this process
 
     def post_init(self):
         config = self.config
@@ -133,32 +182,61 @@ class CheckpointLayoutMixin:
         super().post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights is an error, not a warning.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info=False, verify=False, **kwargs
+    ):
+        """As in transformers, but a checkpoint that lacks weights is an error, not a warning, and damage is named.
 
         Only a freshly declared task head (`score`) may be absent; the library then logs that it is new.
+        verify: also compare the sha256 of the weight files, downloaded first if it is a name on the Hub, with the
+        `checksums.json` that was written when they were saved.
         Raises ValueError naming the missing weights; where they are MTP layers, naming `num_nextn_predict_layers=0`;
-        ValueError or FileNotFoundError naming a weight file that is cut short or absent.
+        ValueError or FileNotFoundError naming a weight file that is damaged, absent, a pickle or not the one saved, or
+        a tensor in it whose shape or dtype is not the model's.
         """
         source = pretrained_model_name_or_path
-        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-            check_weights(os.path.join(source, kwargs.get("subfolder") or ""))
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickles can run code when they are read; only safetensors are loaded")
+        if isinstance(source, (str, os.PathLike)) and not kwargs.get("gguf_file"):
+            kwargs["use_safetensors"] = True
+            if verify and not os.path.isdir(source):
+                source, kwargs["revision"] = verified_snapshot(source, kwargs)
+            check_local_folder(source, kwargs, verify)
+        elif verify:
+            raise ValueError("verify=True compares safetensors files with checksums.json; there are none here")
         with released_fp8():
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         missing = {key for key in info["missing_keys"] if key not in HEAD_KEYS}
         if missing and pretrained_model_name_or_path is not None:
-            last, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
-            prefixes = [f"model.layers.{index}." for index in range(last, last + depth)]
-            raise wrong_checkpoint(missing, prefixes, pretrained_model_name_or_path)
+            raise wrong_checkpoint(missing, mtp_prefixes(model.config), pretrained_model_name_or_path)
         forget_dequantised_source(model)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """The library's step between the empty model and its weights: files, by then downloaded, and model must fit."""
+        if state_dict is None and checkpoint_files:
+            headers = read_headers(checkpoint_files)
+            if not os.path.isdir(load_config.pretrained_model_name_or_path):
+                check_downloaded(checkpoint_files)
+            quantization = getattr(load_config.hf_quantizer, "quantization_config", None)
+            if quantization is None or quantization.quant_method == "fp8":  # others pack weights in their own ways
+                block = getattr(quantization, "weight_block_size", None)
+                lost = check_tensors(
+                    model, headers, block, HEAD_KEYS if load_config.ignore_mismatched_sizes else ()
+                )
+                if lost:
+                    raise wrong_checkpoint(lost, mtp_prefixes(model.config), Path(checkpoint_files[0]).parent)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
         """The last step before tensors are written: adds the embedding and head under each MTP layer's names. Clones,
         because the library writes a tensor that appears under two names only once."""
         state_dict = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if self._folder_save is not None:
+            self._folder_save.begin_weights()
         config = self.config
         if not hasattr(self, "lm_head") or getattr(self, "_hf_peft_config_loaded", False):
             return state_dict
@@ -173,9 +251,46 @@ class CheckpointLayoutMixin:
         return state_dict
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, in the released layout: per-expert matrices, MTP copies, our code and `auto_map`."""
+        """As in transformers, in the released layout: per-expert matrices, MTP copies, our code and `auto_map`.
+
+        `checksums.json`, with the sha256 of the weight files, is written last; until then the folder is marked as
+        unfinished, and loading it is refused, so that a kill never leaves a mixture that loads. Adapters that are
+        saved alone, and sharded checkpoints (`distributed_checkpoint`), have none.
+        """
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        save = super().save_pretrained
+        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory} is a file; name a folder")
+        plain = not getattr(self, "_hf_peft_config_loaded", False) and not given.get("distributed_checkpoint")
+        if not plain or not self.should_save_on_this_rank(given.get("is_main_process", True)):
+            return save(save_directory, *args, **kwargs)
+        os.makedirs(save_directory, exist_ok=True)
+        self._folder_save = FolderSave(save_directory, given.get("variant"))
+        try:
+            save(save_directory, *args, **kwargs)
+            self._finish_save()
+        except BaseException:
+            if self._folder_save is not None:
+                self._folder_save.abandon()
+            raise
+        finally:
+            self._folder_save = None
+
+    def _finish_save(self):
+        """Once: the manifest, before an upload looks for files and before other ranks go on."""
+        if self._folder_save is not None:
+            self._folder_save.finish()
+            self._folder_save = None
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        self._finish_save()
+        files_timestamps.pop(MANIFEST, None)  # the mark of the unfinished save may be as young as the manifest
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+
+    def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
+        self._finish_save()
+        return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
 
 
-__all__ = ["AUTO_MAP", "CheckpointLayoutMixin", "MTP_COPIES", "register_with_library"]
+__all__ = ["AUTO_MAP", "MTP_COPIES", "CheckpointLayoutMixin", "register_with_library"]

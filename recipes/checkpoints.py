@@ -194,8 +194,18 @@ class CheckpointMixin:
         """A run that is resumed at its last step is finished: Trainer would take one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            self._load_rng_state(kwargs["resume_from_checkpoint"])  # for a last evaluation that samples
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer would delete the newest checkpoint where `save_total_limit` is 1 and another one is the best: a run
+        that is killed in the evaluation after training would train again."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     # -- loading
 
@@ -217,6 +227,8 @@ class CheckpointMixin:
             )
         super()._load_best_model()
         self._check_weights(best)
+        for callback in self._callbacks_with("load_from_checkpoint"):  # an average that belongs to these weights
+            callback.load_from_checkpoint(best, self.model)
 
     def _check_weights(self, folder):
         """Loading drops keys that the model does not know with a warning only: compare the result."""

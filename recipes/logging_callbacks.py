@@ -9,7 +9,10 @@ import dataclasses
 import json
 import logging
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from recipes.checkpoint_files import write_atomically
 from recipes.sizing import format_duration
@@ -158,6 +162,11 @@ def _jsonable(value):
     return json.dumps(value, ensure_ascii=False, allow_nan=True)
 
 
+def _saves_the_best(args, control):
+    """Whether the evaluation that is due decides about a checkpoint."""
+    return control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+
+
 class RunLogCallback(TrainerCallback):
     """Console lines, progress bar and metrics.jsonl, on the first process only."""
 
@@ -192,7 +201,13 @@ class RunLogCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-        if state.global_step >= state.max_steps:  # also where logging_steps does not divide the run
+        # Also where logging_steps does not divide the run. At a checkpoint, so that no interval of the log begins
+        # before it: what has been summed up by then is not in it, and a resumed run would log other figures.
+        if state.global_step >= state.max_steps or control.should_save or _saves_the_best(args, control):
+            control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_save or _saves_the_best(args, control):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -301,11 +316,25 @@ def changed_arguments(args):
     return changed
 
 
+def command_line():
+    """What started this process, as one would type it again; an access token in it is left out."""
+    given = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    script = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    if script.is_relative_to(root):
+        given[0] = str(script.relative_to(root))
+    hidden = [re.sub(r"^(--\w*token=).+", r"\1...", word) for word in given]
+    hidden = ["..." if re.fullmatch(r"--(hub_token|push_to_hub_token)", before) else word
+              for before, word in zip(["", *hidden], hidden)]  # fmt: skip
+    return shlex.join(["python", *hidden])
+
+
 def write_run_config(args, model, output_dir, facts):
     """config.yaml: everything that is needed to understand and repeat the run. `facts`: data, sizes."""
     packages = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
     content = {
         "commit": git_commit(),
+        "command": command_line(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "device": {"type": args.device.type, "processes": args.world_size, "mixed_precision": args.mixed_precision},
         "arguments": changed_arguments(args),

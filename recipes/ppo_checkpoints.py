@@ -8,6 +8,8 @@ from recipes.checkpoint_files import find_problem, is_ours, list_checkpoints
 from recipes.ppo_setup import causal_lm
 from recipes.value_head import load_value_head, save_value_head, without_value_head
 
+SHOWN = ("prompt", "completion", "advantages")  # of a rollout, beside its rewards: what samples are taken from
+
 
 def _is_complete(checkpoint):
     """Whether its save ended: by our marker, or by the file that transformers writes last."""
@@ -77,8 +79,11 @@ class PPOCheckpointMixin:
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         state = {"step": self._step, "kl_coef": self.kl_coef, "rollout": None, "expert_counts": self._expert_counts()}
+        state["expert_load"] = dict(getattr(self._policy(), "expert_load", {}))  # logged until the biases move again
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"] = self._buffered_inputs
+            logs = {name: list(self._logs[name]) for name in SHOWN}
+            state["completions"] = logs | {"rewards": {n: list(v) for n, v in self._logs["rewards"].items()}}
         torch.save(state, self._rollout_file(output_dir))
 
     def _load_rng_state(self, checkpoint):
@@ -95,3 +100,10 @@ class PPOCheckpointMixin:
         self._step, self.kl_coef, self._buffered_inputs = state["step"], state["kl_coef"], state["rollout"]
         for name, buffer in self._expert_counts().items():
             buffer.copy_(state["expert_counts"][name])
+        if state.get("expert_load"):
+            self._policy()._expert_load = state["expert_load"]
+        completions = state.get("completions") or {}
+        for name, values in (completions.pop("rewards", {})).items():
+            self._logs["rewards"][name].extend(values)
+        for name, values in completions.items():
+            self._logs[name].extend(values)

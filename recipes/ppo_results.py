@@ -125,4 +125,4 @@ def finish_run(trainer, before):
         with without_value_head(causal_lm(trainer.accelerator.unwrap_model(trainer.model))):
             ids = trainer.processing_class("What is 2 + 3?")["input_ids"]
             results["merged_logits_difference"] = save_merged(trainer, ids)
-    return conclude(args.output_dir, results)
+    return trainer.push_results(conclude(args.output_dir, results))

@@ -1,5 +1,6 @@
 """What PPO is built of besides the policy: reference and rewards, checked before training; sampler; expert balance."""
 
+import contextlib
 import copy
 
 from peft import PeftModel
@@ -77,6 +78,18 @@ def prompt_budget(args, config, train_dataset):
             f"the model's context of {context} tokens; lower one of them"
         )
     return args.max_prompt_length or budget
+
+
+@contextlib.contextmanager
+def without_adapter(model):
+    """The base of a PEFT model for the time being. PEFT then turns every adapter on again, frozen ones too."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 def prepare_frozen(model, trainer, shard=True):

@@ -23,7 +23,6 @@ from trl.trainer.utils import (
     get_config_model_id,
     shuffle_sequence_dict,
     split_tensor_dict,
-    use_adapter,
 )
 
 from recipes import ppo_losses
@@ -42,6 +41,7 @@ from recipes.ppo_setup import (
     prepare_frozen,
     prompt_budget,
     reward_functions,
+    without_adapter,
 )
 from recipes.value_head import PPOModelOutput, build_value_head
 
@@ -220,7 +220,7 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
     def _ref_log_probs(self, rollout, batch_size):
         if self.ref_model is not None:
             return self._log_probs(self.ref_model, rollout, batch_size)[0]
-        with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+        with without_adapter(self.accelerator.unwrap_model(self.model)):
             return self._log_probs(self.model, rollout, batch_size)[0]
 
     @torch.no_grad()

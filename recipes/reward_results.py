@@ -77,4 +77,4 @@ def finish_run(trainer):
     report = write_report(folder)
     rows = result_rows(read_metrics(folder / METRICS_FILE), results, {})
     print(text_table([*rows, ("model", args.output_dir), ("report", str(report))]), flush=True)
-    return results
+    return trainer.push_results(results)

@@ -95,4 +95,4 @@ def finish_run(trainer):
     save_average(trainer, lambda: results.update(ema=_evaluation(trainer, "ema")))
     if not trainer.is_world_process_zero():
         return results
-    return conclude(args.output_dir, results)
+    return trainer.push_results(conclude(args.output_dir, results))

@@ -62,3 +62,7 @@ class RunSettings:
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()  # that of the library's config, next in the order of bases
+
+    def __getstate__(self):
+        """What is pickled, in training_args.bin of every checkpoint: not the access token of the Hub."""
+        return self.__dict__ | {"hub_token": None}

@@ -38,4 +38,4 @@ def finish_run(trainer, before):
         return results
     if args.lora_rank and args.merge_adapter:
         results["merged_logits_difference"] = save_merged(trainer, trainer.train_dataset[0]["input_ids"][:64])
-    return conclude(args.output_dir, results)
+    return trainer.push_results(conclude(args.output_dir, results))

@@ -21,7 +21,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 from modeling_deepseek_r1 import DeepSeekR1Config, DeepSeekR1ForCausalLM, DeepSeekR1Model
 from modeling_deepseek_r1.checkpoint import export, main
-from modeling_deepseek_r1.checkpoint_files import weight_files
+from modeling_deepseek_r1.checkpoint_files import weight_files, write_manifest
 
 FIELDS = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -228,6 +228,7 @@ def test_a_checkpoint_without_needed_weights_is_an_error(saved):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.self_attn.o_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder)
     with pytest.raises(ValueError, match=r"lacks 1 weights.*layers\.2\.self_attn\.o_proj\.weight"):
         DeepSeekR1ForCausalLM.from_pretrained(folder)
 
@@ -236,6 +237,7 @@ def test_absent_mtp_weights_name_the_way_out(saved):
     _, folder = saved
     tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("model.layers.3.")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder)
     with pytest.raises(ValueError, match="num_nextn_predict_layers=0"):
         DeepSeekR1ForCausalLM.from_pretrained(folder)
     assert len(DeepSeekR1ForCausalLM.from_pretrained(folder, num_nextn_predict_layers=0).model.layers) == 3
@@ -285,6 +287,7 @@ def to_fp8(folder, block=8):
         result[key] = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
         result[key + "_scale_inv"] = scale.contiguous()
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "bfloat16"
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
