@@ -308,6 +308,9 @@ def _build(settings, fingerprint, folder, progress):
         "removed": {"duplicates": duplicates, "overlaps": overlaps,
                     "skipped": {kind: report.skipped for kind, report in skipped.items()}},
         "short_sources": short,
+        "locations": {kind: settings.sources.get(kind, "built-in") for kind in settings.mixture},
+        "licences": {kind: source_module.LICENCES[kind] if settings.sources.get(kind, "built-in") == "built-in" else
+                     "see its source" for kind in settings.mixture},
     }
     for spool in spools.values():
         spool.close()

@@ -137,6 +137,12 @@ def mathematics(seed=0, limit=PROBLEMS):
 
 
 BUILT_IN = {"text": text, "code": code, "multilingual": multilingual, "mathematics": mathematics}
+LICENCES = {  # of the built-in kinds, for manifests and model cards
+    "text": "public domain",
+    "code": "PSF-2.0 (Python's standard library)",
+    "multilingual": "public domain (collection: MIT, (c) 2016 JackeyGao)",
+    "mathematics": "problems by reasoning-gym (Apache-2.0), working by this project",
+}
 
 
 def open_source(kind, location="built-in", *, seed=0, text_column="text", errors="strict", report=None):

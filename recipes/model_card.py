@@ -103,7 +103,8 @@ def data_rows(run):
             entry = entry if isinstance(entry, dict) else {"location": entry}
             licence = entry.get("licence") or licences.get(source) or NOT_RECORDED
             label = f"{shown}: {source}" if source else shown
-            rows.append((label, entry.get("location") or NOT_RECORDED, licence))
+            location = str(entry.get("location") or manifest.get("locations", {}).get(source) or NOT_RECORDED)
+            rows.append((label, Path(location).name if Path(location).exists() else location, licence))
     return rows
 
 

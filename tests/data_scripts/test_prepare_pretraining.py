@@ -131,6 +131,7 @@ def test_every_byte_of_kept_documents_reads_back(tmp_path):
 def test_manifest_describes_the_files(built_in):
     folder, manifest = built_in
     assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert list(manifest["licences"]) == list(manifest["locations"]) == manifest["sources"]
     assert manifest["format"] == "packed-tokens" and manifest["version"] == 1 and manifest["dtype"] == "uint16"
     for entry in manifest["splits"].values():
         for file in entry["files"]:
