@@ -3,9 +3,10 @@
     python benchmarks/bench_checkpoint.py [--repetitions 7] [--config recipes/configs/pretrain_nano.yaml] [--profile]
 
 The library's model is DeepseekV3ForCausalLM on the exported weights; it has no MTP layer and writes no checksums, ours
-does both, flushed to disk. Both are also measured without MTP (same tensors), and the library's save also with checksums
-and flush as ours has them. Repetitions are interleaved in one process; medians, and medians of each repetition's ratio,
-from which the machine's speed drops out. `--profile` says what the time goes to.
+does both, flushed to disk. Both are also measured without MTP (same tensors), and the library's save also with
+checksums and flush as ours has them; export is compared with the library's load and save. Repetitions are interleaved
+in one process; medians, and medians of each repetition's ratio, from which the machine's speed drops out. `--profile`
+says what the time goes to.
 """
 
 import argparse
@@ -147,7 +148,8 @@ def main(argv=None):
             return
         found = measure(steps, args.repetitions)
         tensors = sum(p.numel() for p in steps.ours.parameters())
-    print(f"{tensors / 1e6:.1f} M parameters in bf16, {torch.get_num_threads()} thread(s), median of {args.repetitions}")
+    threads = torch.get_num_threads()
+    print(f"{tensors / 1e6:.1f} M parameters in bf16, {threads} thread(s), median of {args.repetitions}")
     print(table(found))
 
 

@@ -8,12 +8,14 @@
 
 `export` writes a plain deepseek_v3 folder (deepseek_v2 for softmax routing) that transformers' own class, and engines
 that know it, load without custom code. What is written appears all at once, with `checksums.json`; a command that was
-killed goes on where it was when repeated. Memory does not grow with the model. Exit codes: 0 done (inspect: no
-difference), 1 an error or a difference, 2 wrong arguments, 130 interrupted.
+killed goes on where it was when repeated. Memory does not grow with the model. The structure of what is read is
+checked, its bytes are not: `verify` it first where in doubt. Exit codes: 0 done (inspect: no difference), 1 an error or
+a difference, 2 wrong arguments, 130 interrupted.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -41,11 +43,20 @@ def write_missing_manifest(folder):
     return write_manifest(folder)
 
 
+def finite(value):
+    """Infinity, which JSON does not have, as the text "inf", wherever it is."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def run_inspect(args):
     report = describe(args.folder)
     comparison = None if args.against is None else compare(args.folder, args.against, progress=True)
     if args.json:
-        print(json.dumps(report if comparison is None else {**report, **comparison}, indent=1))
+        print(json.dumps(finite(report if comparison is None else {**report, **comparison}), indent=1))
     else:
         print("\n".join(description_lines(report)))
         if comparison is not None:

@@ -127,7 +127,8 @@ class Adapter:
             name = module = f"{plain}.{kind}"
         else:
             raise ValueError(
-                f"{self.folder / ADAPTER}: {key} finds no weight in the base; is it the base it was trained on?"
+                f"{self.folder / ADAPTER}: {key} finds no weight in the base; is it the base it was trained on, and no "
+                "embedding (use PEFT's merge_and_unload)?"
             )
         rank = self._setting("rank", module)
         total = rank * (experts or 1)
@@ -143,7 +144,8 @@ class Adapter:
         name = name.replace(".base_layer", "")
         if "lora_" in name or name not in self.shapes:
             raise ValueError(
-                f"{self.folder / ADAPTER}: {key} finds no weight in the base; is it the base it was trained on?"
+                f"{self.folder / ADAPTER}: {key} finds no weight in the base; is it the base it was trained on? "
+                "A reward model's adapter goes into a reward model: save one from the base first"
             )
         if self._entry(key) != self.shapes[name]:
             raise ValueError(
@@ -213,6 +215,10 @@ def merge_adapter(base, adapter, target, max_shard_size="5GB", progress=False):
     tensors = logical_tensors(reader, fields)
     check_all_used(reader, tensors)
     lora = Adapter(adapter, {tensor.name: tensor.shape for tensor in tensors})
+    tied = {"model.embed_tokens.weight", "lm_head.weight"} & {*lora.factors, *lora.replaced}
+    if fields.get("tie_word_embeddings") and tied:
+        raise ValueError(f"{Path(adapter) / ADAPTER} changes {min(tied)}, which the base ties to another weight "
+                         "(tie_word_embeddings=true); use PEFT's merge_and_unload")  # fmt: skip
     groups = [plan_tensor(tensor, pieces=lora.merged(tensor)) for tensor in tensors]
 
     def finish(folder):

@@ -12,9 +12,14 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
+from . import modeling_deepseek_r1
+from .checkpoint_files import weight_files
 from .checkpoint_reader import FP8, SCALE, logical_tensors, open_checkpoint, read_config
+from .checkpoint_shapes import check_tensors
 from .checkpoint_writer import CheckpointWriter, Group, Target, copy_others, refuse_existing, write_config
+from .configuration_deepseek_r1 import DeepSeekR1Config
 from .fp8 import NOT_IN_FP8
+from .layout import mtp_prefixes, read_headers, wrong_checkpoint
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
 BLOCK = 128
@@ -116,6 +121,30 @@ def cast_config(fields, kind):
     return result
 
 
+def check_fits_config(source, fields):
+    """Raises ValueError naming tensor and file where the weights are not those of the model that config.json describes.
+
+    Models of other families, and configs that name no architecture, are passed over.
+    """
+    name = (fields.get("architectures") or [""])[0].replace("DeepseekV3", "DeepSeekR1")
+    model_class = getattr(modeling_deepseek_r1, name.replace("DeepseekV2", "DeepSeekR1"), None)
+    if model_class is None:
+        return
+    quantised = fields.get("quantization_config") or {}
+    plain = {key: value for key, value in fields.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = model_class(DeepSeekR1Config(**plain))
+    headers = read_headers(Path(source) / file for file in sorted(set(weight_files(source).values())))
+    lost = check_tensors(model, headers, quantised.get("weight_block_size"))
+    with_experts = {key.partition("mlp.experts.")[0] for key in headers if "mlp.experts." in key}
+    for key, _ in model.named_parameters():  # a tied one once
+        layer, _, fused = key.partition("mlp.experts.")  # each expert's matrices: `check_tensors`
+        if key not in headers and not (fused and layer in with_experts):
+            lost.append(key)
+    if lost:
+        raise wrong_checkpoint(lost, mtp_prefixes(model.config), source)
+
+
 def plan_groups(source, fields, kind):
     """-> (reader, [Group]) for all tensors of a folder, cast to `kind` (None: as they are).
 
@@ -127,6 +156,7 @@ def plan_groups(source, fields, kind):
         raise ValueError(f"{Path(source) / 'config.json'} has a quantization_config already; cast it to bf16 first")
     reader = open_checkpoint(source)
     tensors = logical_tensors(reader, fields, dequantised=kind is not None)
+    check_fits_config(source, fields)
     if kind == "fp8" and not any(goes_to_fp8(tensor.name, tensor.shape) for tensor in tensors):
         raise ValueError(f"{source} holds no linear layer of a decoder; nothing would be in FP8")
     check_all_used(reader, tensors)

@@ -220,8 +220,10 @@ def require_weights(folder, variant=None):
         pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLE_SUFFIXES
                    and not TRAINER_PICKLES.fullmatch(path.name)]  # fmt: skip
         if pickles:
-            raise ValueError(f"{folder / pickles[0]} is a pickle, which can run code when it is read; only safetensors "
-                             "files are loaded: convert it on a machine you can lose, with safetensors.torch.save_file")  # fmt: skip
+            raise ValueError(
+                f"{folder / pickles[0]} is a pickle, which can run code when it is read; only safetensors files are "
+                "loaded: convert it on a machine you can lose, with safetensors.torch.save_file"
+            )
         raise FileNotFoundError(f"{folder} has neither {single} nor {index}; is it a model folder, completely copied?")
     if (folder / single).is_file() and (folder / index).is_file():
         raise ValueError(f"{folder} has both {single} and {index}, of two saves; {stale_of_two(folder, single, index)}")
@@ -262,7 +264,8 @@ def weight_files(folder, variant=None):
     used = set(where.values()) or {single}
     absent = sorted(name for name in used if not (folder / name).is_file())
     if absent:
-        raise FileNotFoundError(f"{folder / index} names files that are not there: {', '.join(absent[:5])}; {COPY_AGAIN}")
+        shown = ", ".join(absent[:5])
+        raise FileNotFoundError(f"{folder / index} names files that are not there: {shown}; {COPY_AGAIN}")
     extra = sorted(path.name for path in folder.iterdir() if shards.fullmatch(path.name) and path.name not in used)
     if extra:
         raise ValueError(f"{folder / extra[0]} belongs to another save: the folder's weights are in "
@@ -302,8 +305,10 @@ def check_weights(folder, variant=None):
         elif "header" in entry and hash_header(folder / name) != entry["header"]:
             found = "has another header than was written (sha256)"
         if found:
-            raise ValueError(f"{folder / name} does not fit {MANIFEST}: it {found}. A save was interrupted or the folder "
-                             f"mixes two: {COPY_AGAIN}, or, if it was changed on purpose, remove {MANIFEST}")  # fmt: skip
+            raise ValueError(
+                f"{folder / name} does not fit {MANIFEST}: it {found}. A save was interrupted or the folder mixes two: "
+                f"{COPY_AGAIN}, or, if it was changed on purpose, remove {MANIFEST}"
+            )
     return where
 
 
@@ -317,13 +322,16 @@ def verify_folder(folder):
     check_weights(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}, so its weights cannot be verified; write one, of files "
-                                "that you trust, with `python -m modeling_deepseek_r1.checkpoint verify FOLDER --write`, or "
-                                "save the model with save_pretrained of this package")  # fmt: skip
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}, so its weights cannot be verified; write one, of files that you trust, with "
+            "`python -m modeling_deepseek_r1.checkpoint verify FOLDER --write`, or save the model with save_pretrained "
+            "of this package"
+        )
     names = sorted(manifest["files"])
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder / MANIFEST} names files that are not there: {', '.join(absent[:5])}; {COPY_AGAIN}")
+        shown = ", ".join(absent[:5])
+        raise FileNotFoundError(f"{folder / MANIFEST} names files that are not there: {shown}; {COPY_AGAIN}")
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(names, pool.map(lambda name: hash_file(folder / name), names)))
     differing = [name for name in names if found[name] != manifest["files"][name]["sha256"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_files import read_header, weight_files
+from .checkpoint_files import check_weights, read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -106,8 +106,8 @@ class TensorReader:
 
 
 def open_checkpoint(folder):
-    """-> TensorReader of a model folder; raises what `weight_files` raises."""
-    return TensorReader(folder, weight_files(folder))
+    """-> TensorReader of a model folder; raises what `check_weights` raises."""
+    return TensorReader(folder, check_weights(folder))
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,8 @@ def fp8_block(fields, reader):
         raise ValueError(
             f"{where} lacks quantization_config, but {quantised[0]} is in FP8; take the config it came with"
         )
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: quantization_config={settings!r} must be a mapping; take the config it came with")
     if settings.get("quant_method") != "fp8":
         raise ValueError(
             f"{where}: quant_method={settings.get('quant_method')!r} cannot be read here; only fp8 with block scales"

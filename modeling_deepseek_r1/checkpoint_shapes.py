@@ -1,4 +1,4 @@
-"""Whether the tensors of weight files are those of a model: shapes, kinds of dtype, scales; known from headers alone."""
+"""Whether the tensors of weight files are those of a model: shapes, kinds of dtype, scales; from headers alone."""
 
 import re
 

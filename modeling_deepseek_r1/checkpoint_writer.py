@@ -149,11 +149,13 @@ class CheckpointWriter:
         self.shards = plan_shards(groups, max_shard_size)
         plan = {file: [[t.name, str(t.dtype), list(t.shape)] for g in shard for t in g.targets]
                 for file, shard in self.shards.items()}  # fmt: skip
-        stats = [
-            (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(map(Path, sources))
-        ]
-        content = json.dumps([settings, stats, plan], sort_keys=True)
+        self.sources = sorted(map(Path, sources))
+        self.stats = self._source_stats()
+        content = json.dumps([settings, self.stats, plan], sort_keys=True)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
+
+    def _source_stats(self):
+        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.sources]
 
     def run(self, finish, progress=False):
         """Writes what is not there yet; `finish(folder)` adds config and other files. Returns the tensors' names.
@@ -218,6 +220,8 @@ class CheckpointWriter:
             ) from error
 
     def _complete(self, finish, done):
+        if self._source_stats() != self.stats:
+            raise ValueError(f"{self.sources[0].parent} was changed while it was read; repeat the command")
         where = {t.name: file for file, shard in self.shards.items() for group in shard for t in group.targets}
         if list(self.shards) != [WEIGHTS]:
             total = sum(group.nbytes for shard in self.shards.values() for group in shard)
@@ -237,7 +241,7 @@ class CheckpointWriter:
 
     def _check_written(self):
         """Raises ValueError unless the files hold the planned tensors, and only those."""
-        files = {path.name for path in self.partial.glob("*.safetensors")}
+        files = {path.name for path in self.partial.glob("*.safetensors")} - {VALUE_HEAD}
         if files != set(self.shards):
             raise ValueError(
                 f"{self.partial} holds other weight files than planned: {sorted(files ^ set(self.shards))[:5]}"
@@ -258,7 +262,9 @@ class CheckpointWriter:
 def refuse_existing(target):
     """Raises FileExistsError if the folder to be made is there; drops the journal of a run killed after its rename."""
     target = Path(target)
-    if target.exists():
+    if not target.name:
+        raise ValueError(f"{str(target)!r} cannot be made anew; name a folder")
+    if os.path.lexists(target):
         if not target.with_name(f".{target.name}.partial").exists():
             target.with_name(f".{target.name}.partial.json").unlink(missing_ok=True)
         raise FileExistsError(f"{target} exists; remove it or name another folder")
@@ -278,16 +284,21 @@ def locked(folder):
         os.close(descriptor)
 
 
-NOT_COPIED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".tmp")
-RUN_FILES = ("config.json", INDEX, MANIFEST, "trainer_state.json", "COMPLETE.json", "training_args.bin")
+NOT_COPIED = (
+    ".py", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".tmp",
+)  # fmt: skip
+RUN_FILES = (
+    "config.json", "adapter_config.json", INDEX, MANIFEST, "trainer_state.json", "COMPLETE.json", "training_args.bin",
+)  # fmt: skip
+VALUE_HEAD = "value_head.safetensors"  # of PPO, beside the policy and in float32 whatever that is cast to
 
 
 def copy_others(source, target, code=True):
     """Copies tokenizer, templates, licence and so on: every file but weights, config.json and a trainer's state.
-    `code`: the custom code too."""
+    `code`: the custom code and PPO's value function too."""
     for path in sorted(Path(source).iterdir()):
-        wanted = path.suffix not in NOT_COPIED or (code and path.suffix == ".py")
-        if path.is_file() and wanted and path.name not in RUN_FILES:
+        wanted = path.suffix not in NOT_COPIED or (code and (path.suffix == ".py" or path.name == VALUE_HEAD))
+        if path.is_file() and wanted and path.name not in RUN_FILES and not path.name.endswith(".partial.json"):
             shutil.copyfile(path, Path(target) / path.name)
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import torch
 from torch.nn.functional import pad
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -49,9 +50,18 @@ def released_fp8():
         del FineGrainedFP8HfQuantizer.get_modules_to_not_convert
 
 
-def forget_dequantised_source(model):
-    """A model loaded from FP8 weights into bf16 is a plain bf16 model from then on; the library would refuse to save
-    it, because its record of the conversion cannot be reversed."""
+def forget_dequantised_source(model, dtype=None):
+    """A model loaded from FP8 weights into another dtype is a plain model of that dtype from then on.
+
+    The library would refuse to save it, because its record of the conversion cannot be reversed, and it dequantises to
+    bf16 whatever `dtype` (a torch dtype, its name, "auto" or None) was asked for.
+    """
     conversions = getattr(model, "_weight_conversions", None) or []
-    if any(isinstance(op, Fp8Dequantize) for conversion in conversions for op in getattr(conversion, "operations", [])):
-        del model._weight_conversions
+    if not any(isinstance(op, Fp8Dequantize) for each in conversions for op in getattr(each, "operations", [])):
+        return
+    del model._weight_conversions
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype

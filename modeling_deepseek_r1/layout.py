@@ -5,6 +5,7 @@ multi-token-prediction layer holds copies of the embedding and of the output hea
 """
 
 import inspect
+import json
 import os
 import re
 from pathlib import Path
@@ -138,9 +139,15 @@ def check_local_folder(source, kwargs, verify):
     folder = os.path.join(source, kwargs.get("subfolder") or "")
     if not os.path.isdir(folder):
         return
+    adapter = os.path.join(folder, "adapter_config.json")
+    if os.path.isfile(adapter) and not os.path.isfile(os.path.join(folder, "config.json")):
+        with open(adapter, encoding="utf-8") as file:  # the weights are in another folder
+            folder = str(json.load(file).get("base_model_name_or_path"))
+        if not os.path.isdir(folder):
+            return
     if verify:
         verify_folder(folder)
-    elif not os.path.isfile(os.path.join(folder, "adapter_config.json")):  # else the weights are in another folder
+    else:
         check_weights(folder, kwargs.get("variant"))
 
 
@@ -150,7 +157,7 @@ def read_headers(files):
     headers = {}
     for path in map(Path, files):
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no safetensors file; pickles can run code when they are read, convert it first")
+            raise ValueError(f"{path} is no safetensors file; pickles can run code when read, convert it first")
         for key, entry in read_header(path).items():
             if key in headers:
                 raise ValueError(f"{path}: {key} is in {headers[key][0].name} too; copy or download both again")
@@ -196,7 +203,7 @@ class CheckpointLayoutMixin:
         """
         source = pretrained_model_name_or_path
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: pickles can run code when they are read; only safetensors are loaded")
+            raise ValueError("use_safetensors=False: pickles can run code when read; only safetensors are loaded")
         if isinstance(source, (str, os.PathLike)) and not kwargs.get("gguf_file"):
             kwargs["use_safetensors"] = True
             if verify and not os.path.isdir(source):
@@ -211,7 +218,7 @@ class CheckpointLayoutMixin:
         missing = {key for key in info["missing_keys"] if key not in HEAD_KEYS}
         if missing and pretrained_model_name_or_path is not None:
             raise wrong_checkpoint(missing, mtp_prefixes(model.config), pretrained_model_name_or_path)
-        forget_dequantised_source(model)
+        forget_dequantised_source(model, kwargs.get("dtype", kwargs.get("torch_dtype")))
         return (model, info) if output_loading_info else model
 
     @classmethod

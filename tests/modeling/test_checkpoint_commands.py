@@ -528,3 +528,66 @@ def test_an_existing_target_and_no_folder_are_errors(folders, tmp_path, capsys):
     assert main(["cast", str(tmp_path / "nowhere"), str(tmp_path / "new"), "--to", "fp8"]) == 1
     assert "is it a model folder?" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+# ---------------------------------------------------------------- sources that are not what they seem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float16", "auto"])
+def test_fp8_loads_in_the_dtype_that_is_asked_for(folders, tmp_path, dtype):
+    model = DeepSeekR1ForCausalLM.from_pretrained(folders / "fp8", dtype=dtype)
+    expected = {"float16": torch.float16, "auto": torch.bfloat16}.get(dtype, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    model(input_ids=torch.arange(8)[None])
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == str(expected).split(".")[1]
+
+
+def test_an_unfinished_save_is_no_source(folders, tmp_path):
+    shutil.copytree(folders / "bf16", tmp_path / "source")
+    (tmp_path / "source" / "checksums.json").write_text('{"format": 1, "saving": true}')
+    for command in (lambda to: cast(tmp_path / "source", to, "fp8"), lambda to: export(tmp_path / "source", to)):
+        with pytest.raises(ValueError, match="a save into this folder was interrupted"):
+            command(tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_source_without_what_its_config_needs(folders, tmp_path):
+    shutil.copytree(folders / "bf16", tmp_path / "source")
+    change(tmp_path / "source", lambda values: values.pop("model.layers.1.mlp.experts.2.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*layers\.1\.mlp\.experts\.2\.up_proj"):
+        cast(tmp_path / "source", tmp_path / "target", "fp8")
+    change(tmp_path / "source", lambda values: values.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"lacks 2 weights .*model\.norm\.weight"):
+        export(tmp_path / "source", tmp_path / "target")
+
+
+def test_a_source_that_changes_meanwhile(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders / "bf16", tmp_path / "source")
+    write = checkpoint_writer.write_shard
+
+    def touched(*args):
+        write(*args)
+        os.utime(tmp_path / "source" / "config.json", (1, 1))
+
+    monkeypatch.setattr(checkpoint_writer, "write_shard", touched)
+    with pytest.raises(ValueError, match="source was changed while it was read"):
+        cast(tmp_path / "source", tmp_path / "target", "fp8")
+    assert not (tmp_path / "target").exists()
+
+
+def test_tied_embeddings_are_not_merged_apart(tmp_path):
+    torch.manual_seed(0)
+    tiny_model(**{**SIZES, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}).save_pretrained(tmp_path / "base")
+    base = DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="ties to another weight"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "target")
+
+
+def test_the_value_function_goes_along_with_a_cast(folders, tmp_path):
+    shutil.copytree(folders / "bf16", tmp_path / "source")
+    save_file({"linear.weight": torch.ones(1, 4)}, tmp_path / "source" / "value_head.safetensors")
+    cast(tmp_path / "source", tmp_path / "target", "fp8")
+    assert load_file(tmp_path / "target" / "value_head.safetensors")["linear.weight"].dtype == torch.float32

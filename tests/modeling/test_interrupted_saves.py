@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from modeling_deepseek_r1 import checkpoint_files
+from modeling_deepseek_r1 import DeepSeekR1ForCausalLM, checkpoint_files
 from modeling_deepseek_r1.checkpoint_files import MANIFEST, WEIGHTS, verify_folder, write_manifest
 from tests.modeling.test_damage import load, same_weights, tiny_model
 
@@ -157,3 +158,13 @@ def test_a_kill_at_any_step_of_an_overwrite_leaves_one_version_or_a_refusal(tmp_
     assert code == 0 and len(outcomes) > 12
     order = [kind for kind, following in zip(outcomes, [*outcomes[1:], None]) if kind != following]
     assert order == ["old", "refused", "new"], outcomes
+
+
+def test_an_adapter_on_an_unfinished_base_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["o_proj"])).save_pretrained(tmp_path / "adapter")
+    DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "adapter", verify=True)
+    (tmp_path / "base" / "checksums.json").write_text('{"format": 1, "saving": true}')
+    with pytest.raises(ValueError, match="base.*a save into this folder was interrupted"):
+        DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "adapter")
