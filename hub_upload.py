@@ -24,19 +24,37 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 
 import modeling_deepseek_r1  # registers the model type
-from modeling_deepseek_r1.checkpoint_files import MANIFEST, read_header, verify_folder, write_manifest
-from recipes.hub_commit import UploadError, account, check_destination, commit_files, hub_api, with_retries
+from modeling_deepseek_r1.checkpoint_files import (
+    ADAPTER_PATTERNS,
+    MANIFEST,
+    read_header,
+    verify_files,
+    verify_folder,
+    write_manifest,
+)
+from recipes.hub_commit import (
+    UploadError,
+    account,
+    check_destination,
+    check_private,
+    commit_files,
+    hub_api,
+    with_retries,
+)
 from recipes.hub_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
     check_no_secret,
+    has_tokenizer,
     is_adapter,
     read_json,
     select_files,
 )
+from recipes.hub_paths import public_results
 from recipes.model_card import write_card
 
 TOKENS = 16
@@ -52,13 +70,14 @@ import sys
 sys.path[:] = [p for p in sys.path if p not in {hidden!r}]
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 {compute}
+{tokenize}
 found = []
-for arguments in {arguments!r}:
-    print({marker!r}, arguments[2] or arguments[1], file=sys.stderr)
+for arguments, folder in {arguments!r}:
+    print({marker!r}, folder, file=sys.stderr)
     code, logits = compute(*arguments)
     if not code.startswith(("transformers_modules", "transformers.")):
         raise SystemExit("the code came from " + code + ", not from the folder")
-    found.append(logits)
+    found.append((logits, tokenize(folder)))
 import torch
 torch.save(found, {output!r})
 """
@@ -116,23 +135,37 @@ def compute(auto_class, folder, adapter, tokens, loading):
         return code, [logits, model.merge_and_unload()(ids).logits]
 
 
-def logits_here(upload):
-    """The logits that `compute` gives in this process."""
+def tokenize(folder):
+    """-> token ids of a sentence, None if the folder has no tokenizer. Its text runs in the fresh process too."""
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    if not any((Path(folder) / name).is_file() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(folder)("Is 3 + 4 equal to 7?\nYes, it is: 7 \u2260 8.")["input_ids"]
+
+
+def outputs_here(upload):
+    """The logits of `compute` and the ids of `tokenize` in this process."""
     auto_class, model, adapter, loading = _loading(upload)
-    return compute(auto_class, model, adapter, TOKENS, loading)[1]
+    return compute(auto_class, model, adapter, TOKENS, loading)[1], tokenize(upload.folder)
 
 
-def logits_in_fresh_process(uploads):
-    """[the same logits] of all folders, with their own code, in one process that cannot import this package."""
+def outputs_in_fresh_process(uploads):
+    """[the same logits and ids] of all folders, with their own code, in one process that cannot import this package."""
     root = str(Path(modeling_deepseek_r1.__file__).resolve().parents[1])
     hidden = [root, "" if Path.cwd() == Path(root) else root]
-    arguments = [(auto_class, model, adapter, TOKENS, loading | {"trust_remote_code": True})
-                 for auto_class, model, adapter, loading in map(_loading, uploads)]  # fmt: skip
+    loadings = map(_loading, uploads)
+    arguments = [((auto_class, model, adapter, TOKENS, loading | {"trust_remote_code": True}), adapter or model)
+                 for auto_class, model, adapter, loading in loadings]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         output = str(Path(scratch) / "logits.pt")
         program = FRESH_PROCESS.format(
-            hidden=hidden, compute=inspect.getsource(compute), arguments=arguments, marker=MARKER, output=output
-        )
+            hidden=hidden, compute=inspect.getsource(compute), tokenize=inspect.getsource(tokenize),
+            arguments=arguments, marker=MARKER, output=output,
+        )  # fmt: skip
         secrets = ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the folder's code has no use for a token
         environment = {k: v for k, v in os.environ.items() if k not in secrets}
         environment |= {"HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -146,8 +179,11 @@ def logits_in_fresh_process(uploads):
 
 
 def _largest_difference(upload, fresh):
-    """Compares a folder's logits here with the fresh process's, and an adapter's with its merged ones."""
-    here = logits_here(upload)
+    """Compares a folder's logits and token ids here with the fresh process's, and an adapter's with its merged ones."""
+    (here, ids), (fresh, fresh_ids) = outputs_here(upload), fresh
+    if ids != fresh_ids:
+        raise ValueError(f"{upload.folder}: its tokenizer gives other ids after reloading: {fresh_ids} instead of {ids}; "
+                         "not uploaded")  # fmt: skip
     apart = lambda one, other: (one.float() - other.float()).abs().max().item()
     difference = max(apart(*pair) for pair in zip(here, fresh, strict=True))
     if not difference <= 1e-4:
@@ -163,7 +199,7 @@ def _largest_difference(upload, fresh):
 def verify_uploads(uploads):
     """Raises ValueError unless a fresh process computes the same logits; returns their largest differences."""
     resolved = [replace(upload, folder=upload.folder.resolve()) for upload in uploads]
-    fresh = logits_in_fresh_process(resolved)
+    fresh = outputs_in_fresh_process(resolved)
     return [_largest_difference(*pair) for pair in zip(resolved, fresh, strict=True)]
 
 
@@ -198,6 +234,11 @@ def plan(args):
         if not models:
             raise ValueError(f"--each_stage: {folder} has no model in {', '.join(STAGES)}; leave it out for one model")
         folders = {f"{args.repo_id}-{name}": folder / name for name in models}
+    for repo_id in folders:
+        validate_repo_id(repo_id)  # raises a ValueError that says what is allowed
+    for entry in args.stages or ():
+        if not Path(entry.rpartition("=")[2]).is_dir():
+            raise ValueError(f"--stages {entry}: {entry.rpartition('=')[2]} is no folder; give STAGE=FOLDER of a run")
     repos = {path.resolve(): repo_id for repo_id, path in folders.items()}
     return [_planned(path, repo_id, args, repos) for repo_id, path in folders.items()]
 
@@ -232,27 +273,34 @@ def contents(upload, files):
 def check_files(upload, say=print):
     """Raises ValueError or FileNotFoundError for what is missing, damaged or not what was saved."""
     select_files(upload.folder, upload.adapter)
-    if not upload.adapter and (upload.folder / MANIFEST).is_file():
-        verify_folder(upload.folder)
+    if not has_tokenizer(upload.folder) and not upload.adapter and _loading(upload)[0] == "AutoModelForCausalLM":
+        say(f"Warning: {upload.folder} has no tokenizer, so nobody can use the model with text; save it there with "
+            "tokenizer.save_pretrained")  # fmt: skip
+    if (upload.folder / MANIFEST).is_file() and upload.adapter == is_adapter(upload.folder):
+        manifest = verify_files(upload.folder) if upload.adapter else verify_folder(upload.folder)
+        if upload.adapter and ADAPTER_WEIGHTS not in manifest["files"]:
+            raise ValueError(f"{upload.folder / MANIFEST} does not name {ADAPTER_WEIGHTS}, so it is of other weights; "
+                             "save the adapter again, or remove it")  # fmt: skip
         say(f"{upload.folder}: the weights are those of {MANIFEST}")
 
 
 def prepare(upload, args, say=print):
     """Writes the card of a checked folder; returns what is uploaded, {path in the repository: Path or bytes}."""
     folder = upload.folder
-    if not (upload.adapter or args.dry_run or (folder / MANIFEST).is_file()):
-        write_manifest(folder)
+    if not args.dry_run and not (folder / MANIFEST).is_file() and upload.adapter == is_adapter(folder):
+        write_manifest(folder, *[ADAPTER_PATTERNS] if upload.adapter else [])
     stages = None if args.stages is None else [Path(entry.rpartition("=")[2]) for entry in args.stages]
+    target = Path(tempfile.mkdtemp(prefix="model_card_")) / CARD if args.dry_run else None
     card, written = write_card(
-        folder, upload.repo_id, adapter=upload.adapter, base_model=upload.base_model, base_folder=upload.base_folder,
+        folder, upload.repo_id, target, adapter=upload.adapter, base_model=upload.base_model, base_folder=upload.base_folder,
         stages=stages, licence=args.license, revision=args.revision,
     )  # fmt: skip
-    say(f"{card}: {'model card written' if written else 'kept as you wrote it'}")
+    say(f"{card}: {'model card written' if written else 'kept: you wrote or edited it'}")
     files, left_out = select_files(folder, upload.adapter)
     for name, reason in left_out.items():
         if args.dry_run or "pickle" in reason:
             say(f"  stays here: {name} ({reason})")
-    return contents(upload, files)
+    return public_results(contents(upload, files | {CARD: card}))
 
 
 def list_files(files, say=print):
@@ -272,7 +320,7 @@ def parse(argv=None):
     parser.add_argument("repo_id", help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument("--revision", default="main", help="branch to push to; created if it is not there")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, write the card, push nothing")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, show the card in a temporary file, push nothing")  # fmt: skip
     parser.add_argument("--adapter_only", "--adapter-only", action="store_true",
                         help="the adapter, where the folder holds whole weights too")  # fmt: skip
     parser.add_argument("--base_model", "--base-model", help="name on the Hub of what an adapter was trained on")
@@ -289,11 +337,15 @@ def parse(argv=None):
 def ask_the_hub(api, upload, args):
     """Raises UploadError for what the Hub would refuse, before models are loaded and anything is sent."""
     account(api, upload.repo_id)
+    with_retries(lambda _: check_private(api, upload.repo_id, args.private), upload.repo_id)
     names = {*select_files(upload.folder, upload.adapter)[0], CARD}
     config = read_json(upload.folder / (ADAPTER_CONFIG if upload.adapter else "config.json"))
     kind = {"config": None, "adapter_config": None} | {"adapter_config" if upload.adapter else "config": config}
+    card = upload.folder / CARD
+    card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    look = lambda _: check_destination(api, upload.repo_id, args.revision, names, kind, card)
     if not args.overwrite:
-        with_retries(lambda _: check_destination(api, upload.repo_id, args.revision, names, kind), upload.repo_id)
+        with_retries(look, upload.repo_id)
 
 
 def run(args):

@@ -13,6 +13,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # "header": the sha256 of their header alone, which is compared on every load. While a save is under way
 # {"format": 1, "saving": true}.
 MANIFEST = "checksums.json"
+ADAPTER_PATTERNS = ("adapter_model.safetensors",)
 COPY_AGAIN = "copy or download it again"
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
 DTYPE_BITS = {
@@ -59,11 +60,13 @@ def write_atomically(path, text):
     flush(path.parent)
 
 
-def write_manifest(folder):
-    """Writes `checksums.json` of the folder's weight files and index, all flushed to disk. Returns its content."""
+def write_manifest(folder, patterns=("model*.safetensors", "model*.safetensors.index*.json")):
+    """Writes `checksums.json` of the folder's weight files and index, all flushed to disk. Returns its content.
+
+    `patterns`: of the files' names; of an adapter's folder `ADAPTER_PATTERNS`.
+    """
     folder = Path(folder)
-    names = {path.name for pattern in ("model*.safetensors", "model*.safetensors.index*.json")
-             for path in folder.glob(pattern)}  # fmt: skip
+    names = {path.name for pattern in patterns for path in folder.glob(pattern)}
     if (folder / INDEX).is_file():
         names |= set(read_index(folder / INDEX).values())
     files = {}
@@ -318,8 +321,13 @@ def verify_folder(folder):
     Raises what `check_weights` raises; FileNotFoundError if there is no manifest or a file that it names is absent;
     ValueError naming the files that differ.
     """
-    folder = Path(folder)
     check_weights(folder)
+    return verify_files(folder)
+
+
+def verify_files(folder):
+    """The comparison of `verify_folder` alone: also of a folder with an adapter."""
+    folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(

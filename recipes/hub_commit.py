@@ -4,11 +4,13 @@ Nothing of an upload can be seen before its commit. Contents that a failed or ki
 the next attempt does not send them again.
 """
 
+import hashlib
 import json
+import re
 import time
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -18,10 +20,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-CARD_MARK = "<!-- Written by hub_upload.py from the run's files; a README.md without this line is kept. -->"
+from recipes.hub_files import is_replaced
+
+CARD_START = "<!-- Written by hub_upload.py from the run's files"
+CARD_MARK = CARD_START + "; edited, it is kept. sha256 of the rest: {} -->"
 WAITS = (1, 4, 16, 60)  # seconds before the second, third, ... attempt
-# Loaders take these before others: an earlier revision's must not stay beside new weights.
-STALE = ("model", "adapter_model", "checksums.json", "value_head.safetensors")
 
 
 class UploadError(ValueError):
@@ -125,11 +128,24 @@ def _kind(config, adapter_config):
     return None if adapter_config is None else f"an adapter ({adapter_config.get('peft_type')})"
 
 
-def check_destination(api, repo_id, revision, files, kind):
+def check_private(api, repo_id, private):
+    """Raises UploadError if `private` is wanted and the repository is there for everybody to see."""
+    try:
+        if not private or api.repo_info(repo_id).private:
+            return
+    except RepositoryNotFoundError:
+        return
+    raise UploadError(
+        f"{repo_id} is public already, so what is pushed would be too: choose another name, make it private at "
+        f"{api.endpoint}/{repo_id}/settings, or leave out --private (hub_private_repo)"
+    )
+
+
+def check_destination(api, repo_id, revision, files, kind, card=None):
     """Raises UploadError if the branch holds another model, or files in our places that are not ours.
 
     Args:
-        files: names that will be written; kind: {"config": dict or None, "adapter_config": dict or None} of the folder.
+        files: names that will be written; card: text of the folder's README.md, if there is one; kind: {"config": dict or None, "adapter_config": dict or None} of the folder.
     """
     there = existing_files(api, repo_id, revision)
     others = sorted(set(there) - {".gitattributes"})
@@ -144,20 +160,37 @@ def check_destination(api, repo_id, revision, files, kind):
     in_our_places = [name for name in others if name in files]
     if _kind(**remote) is None and in_our_places:
         raise UploadError(f"{repo_id} has files that would be overwritten: {', '.join(in_our_places[:5])}; {way_out}")
-    if "README.md" in there and "README.md" in files:
-        path = api.hf_hub_download(repo_id, "README.md", revision=base)
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if not is_generated_card(file.read()):
-                raise UploadError(
-                    f"{repo_id} has a README.md that somebody wrote: copy it into the folder to keep it, or replace it "
-                    "with --overwrite"
-                )
+    if "README.md" in files and holds_a_card_by_hand(api, repo_id, revision, card):
+        raise UploadError(
+            f"{repo_id} has a README.md that somebody wrote or edited: copy it into the folder to keep it, or replace "
+            "it with --overwrite"
+        )
+
+
+def holds_a_card_by_hand(api, repo_id, revision, card=None):
+    """Whether the branch has a README.md that is neither generated nor the text `card`."""
+    if "README.md" not in existing_files(api, repo_id, revision):
+        return False
+    base = revision if revision_exists(api, repo_id, revision) else "main"
+    with open(api.hf_hub_download(repo_id, "README.md", revision=base), encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    return text != card and not is_generated_card(text)
+
+
+def mark_card(text):
+    """A card, with {mark} where its mark goes, as it is written: the mark names the sha256 of all the rest."""
+    return text.replace("{mark}", CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest()), 1)
 
 
 def is_generated_card(text):
-    """Whether a model card was written by this code, by a trainer or from PEFT's empty form."""
-    marks = (CARD_MARK, "generated_from_trainer", "generated automatically", "[More Information Needed]")
-    return any(mark in text for mark in marks)
+    """Whether a model card is as this code wrote it, or PEFT's form with nothing filled in."""
+    if found := re.search(re.escape(CARD_MARK).replace(re.escape("{}"), "([0-9a-f]{64})"), text):
+        rest = text[: found.start()] + "{mark}" + text[found.end() :]
+        return hashlib.sha256(rest.encode()).hexdigest() == found[1]
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    empty = {"### Framework versions", *ModelCard.from_template(ModelCardData()).text.splitlines()}
+    lines = {line for line in body.splitlines() if not re.fullmatch("- PEFT [0-9a-z.]+", line)}
+    return "[More Information Needed]" in body and lines <= empty
 
 
 def revision_exists(api, repo_id, revision):
@@ -168,9 +201,8 @@ def revision_exists(api, repo_id, revision):
 
 
 def _stale(there, files):
-    """Weights and checksums of an earlier revision that the new one does not have."""
-    return [name for name in there if name.startswith(STALE) and "/" not in name and name not in files
-            and name.endswith((".safetensors", ".safetensors.index.json", "checksums.json", ".bin"))]  # fmt: skip
+    """What an earlier upload left and this one does not have: weights, tokenizer, results of another model."""
+    return [name for name in there if name not in files and is_replaced(name)]
 
 
 def commit_files(api, repo_id, files, message, *, revision="main", private=None, check=None, say=print):
@@ -191,6 +223,7 @@ def commit_files(api, repo_id, files, message, *, revision="main", private=None,
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        check_private(api, repo_id, private)
         head = api.repo_info(repo_id, revision=revision).sha
         hashed.setdefault("parent", head)
         additions = [CommitOperationAdd(name, str(path) if not isinstance(path, bytes) else path)

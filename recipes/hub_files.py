@@ -19,6 +19,16 @@ TOKENIZER = [
 ]  # fmt: skip
 MODEL = ["config.json", "generation_config.json", MANIFEST, VALUE_HEAD]
 RESULTS = ["config.yaml", "eval.json", "metrics.jsonl", "report.html", "*.svg", "plots/*.svg", "LICENSE*"]
+# What a push replaces as a whole: of these, a branch keeps none that the folder does not have. README.md, licences,
+# pictures and code are not among them: people add theirs on the Hub.
+REPLACED = TOKENIZER + MODEL + [
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
+    "pytorch_model.bin.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin", "config.yaml", "eval.json",
+    "metrics.jsonl", "report.html",
+]  # fmt: skip
+TOKENIZERS = (  # one of these makes a tokenizer
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz")
 
 
@@ -37,6 +47,15 @@ def is_adapter(folder):
     """Whether a folder holds an adapter and no weights of a whole model."""
     folder = Path(folder)
     return (folder / ADAPTER_CONFIG).is_file() and not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+
+
+def has_tokenizer(folder):
+    return any((Path(folder) / name).is_file() for name in TOKENIZERS)
+
+
+def is_replaced(name):
+    """Whether a push removes the file `name` of a branch if the folder has none."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in REPLACED)
 
 
 def code_files(folder):
@@ -98,6 +117,8 @@ def select_files(folder, adapter=False):
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
     names = _weights(folder, adapter) + ([] if adapter else code_files(folder))
     patterns = TOKENIZER + RESULTS + [CARD] + ([] if adapter else MODEL)
+    if is_adapter(folder):
+        patterns.append(MANIFEST)  # beside whole weights it is theirs
     inside = {path.relative_to(folder).as_posix(): path for path in folder.glob("*") if path.is_file()}
     for sub in ("plots", "additional_chat_templates"):
         inside |= {f"{sub}/{path.name}": path for path in (folder / sub).glob("*") if path.is_file()}

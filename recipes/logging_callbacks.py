@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub import get_token
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -323,9 +324,9 @@ def command_line():
     root = Path(__file__).resolve().parents[1]
     if script.is_relative_to(root):
         given[0] = str(script.relative_to(root))
-    hidden = [re.sub(r"^(--\w*token=).+", r"\1...", word) for word in given]
-    hidden = ["..." if re.fullmatch(r"--(hub_token|push_to_hub_token)", before) else word
-              for before, word in zip(["", *hidden], hidden)]  # fmt: skip
+    option = r"--(?:push[-_]to[-_])?hub[-_]token"
+    hidden = ["..." if re.fullmatch(option, before) else re.sub(rf"^({option}=).*", r"\1...", word, flags=re.DOTALL)
+              for before, word in zip(["", *given], given)]  # fmt: skip
     return shlex.join(["python", *hidden])
 
 
@@ -342,5 +343,7 @@ def write_run_config(args, model, output_dir, facts):
         **facts,
     }
     text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    for secret in filter(None, (getattr(args, "hub_token", None), get_token())):  # however it got in
+        text = text.replace(secret, "...")
     write_atomically(Path(output_dir) / "config.yaml", text)
     return content

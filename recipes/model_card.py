@@ -9,8 +9,9 @@ from transformers import AutoConfig
 
 from recipes.checkpoint_files import write_atomically
 from recipes.eval_tables import with_interval
-from recipes.hub_commit import CARD_MARK, is_generated_card
-from recipes.hub_files import ADAPTER_CONFIG, CARD, read_json
+from recipes.hub_commit import CARD_START, is_generated_card, mark_card
+from recipes.hub_files import ADAPTER_CONFIG, CARD, has_tokenizer, read_json
+from recipes.hub_paths import without_paths
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
 from recipes.reporting import STAGES, result_rows
 from recipes.sizing import count_parameters
@@ -32,13 +33,23 @@ INTENDED = {
 }
 
 
+def _read_yaml(path):
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged ({error}); take it from a copy, or remove it") from error
+    if not isinstance(found, dict) or not isinstance(found.get("arguments") or {}, dict):
+        raise ValueError(f"{path} is damaged (it holds no settings); take it from a copy, or remove it")  # noqa: TRY004
+    return found
+
+
 def read_run(folder):
     """{"folder", "config" (config.yaml), "results" (eval.json), "records" (metrics)} of a run folder; empty parts."""
     folder = Path(folder)
     config, results = folder / "config.yaml", folder / "eval.json"
     return {
         "folder": folder,
-        "config": (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.is_file() else {},
+        "config": _read_yaml(config) if config.is_file() else {},
         "results": read_json(results) if results.is_file() else {},
         "records": [r for r in read_metrics(folder / METRICS_FILE) if "kind" in r and "step" in r],
     }
@@ -49,17 +60,31 @@ def stage_of(run):
     return run["config"].get("stage", "pretrain") if run["config"] else run["results"].get("stage")
 
 
+def start_of(run):
+    """What a run began with (`model_name_or_path`), or None."""
+    return run["config"].get("arguments", {}).get("model_name_or_path")
+
+
+def _run_folder(name, run):
+    """The folder of the run that saved the model `name`: where it was, or now beside the run that used it."""
+    name, beside = Path(name), run["folder"].resolve().parent
+    places = [name, beside / name.name]
+    if re.fullmatch(r"checkpoint-\d+|ema|merged", name.name):
+        places += [name.parent, beside / name.parent.name]
+    return next((place for place in places if (place / "config.yaml").is_file()), None)
+
+
 def earlier_stages(run):
-    """The runs that this one started from, the first one first, as far as their folders are here."""
+    """-> (runs that this one started from, the first one first; the model that their first one began with, or None)."""
     found, seen = [], {run["folder"].resolve()}
-    while name := run["config"].get("arguments", {}).get("model_name_or_path"):
-        folder = Path(name)
-        if not (folder / "config.yaml").is_file() or folder.resolve() in seen:
+    while name := start_of(run):
+        folder = _run_folder(name, run)
+        if folder is None or folder.resolve() in seen:
             break
         seen.add(folder.resolve())
         run = read_run(folder)
         found.insert(0, run)
-    return found
+    return found, start_of(run)
 
 
 # ---------------------------------------------------------------- the parts of the card
@@ -161,12 +186,13 @@ def stage_text(run):
     title = STAGES.get(stage, "Training")
     if not config:
         return f"### {title}\n\nSettings: {NOT_RECORDED} (the run folder has no config.yaml)."
+    config = without_paths(config)
     settings = yaml.safe_dump(config.get("arguments", {}), sort_keys=False, allow_unicode=True).rstrip()
     versions = ", ".join(f"{name} {value}" for name, value in config.get("versions", {}).items())
     rows = [("code, commit", config.get("commit", NOT_RECORDED)), ("packages", versions or NOT_RECORDED),
             ("device", ", ".join(f"{k} {v}" for k, v in config.get("device", {}).items()) or NOT_RECORDED)]  # fmt: skip
     rows += list(config.get("sizes", {}).items())
-    data = data_rows(run)
+    data = without_paths(data_rows(run))
     data = _table(["training data", "from", "licence"], data) if data else f"Training data: {NOT_RECORDED}."
     command = config.get("command")
     script = f"recipes/{STAGE_OF_RUN[stage]}.py" if stage in STAGE_OF_RUN else NOT_RECORDED
@@ -177,13 +203,14 @@ def stage_text(run):
     )
 
 
-def usage(repo_id, auto_class, base_model=None, revision="main"):
-    """The lines that load the model."""
+def usage(repo_id, auto_class, base_model=None, revision="main", tokenizer=None):
+    """The lines that load the model; `tokenizer`: name of the repository that has one."""
     at = f', revision="{revision}"' if revision != "main" else ""
     loaded = f'"{base_model or repo_id}", trust_remote_code=True' + ("" if base_model else at)
-    lines = [f"from transformers import {auto_class}, AutoTokenizer", "",
-             f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{at})',
-             f'model = {auto_class}.from_pretrained({loaded}, dtype="auto")']  # fmt: skip
+    lines = [f"from transformers import {auto_class}" + (", AutoTokenizer" if tokenizer else ""), ""]
+    if tokenizer:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{at if tokenizer == repo_id else ""})')
+    lines.append(f'model = {auto_class}.from_pretrained({loaded}, dtype="auto")')
     if base_model:
         lines.insert(0, "from peft import PeftModel")
         lines.append(f'model = PeftModel.from_pretrained(model, "{repo_id}"{at})')
@@ -197,7 +224,7 @@ def metadata(run, repo_id, task_type, adapter, base_model, licence):
     """ModelCardData: what the Hub reads."""
     names = run["config"].get("arguments", {}).get("dataset_name")
     names = names if isinstance(names, list) else [names]
-    given = run["config"].get("arguments", {}).get("model_name_or_path")
+    given = start_of(run)
     if base_model is None and given and HUB_NAME.fullmatch(given) and not Path(given).exists():
         base_model = given
     results = eval_results(run["results"], task_type)
@@ -207,6 +234,19 @@ def metadata(run, repo_id, task_type, adapter, base_model, licence):
         datasets=[n for n in names if n and HUB_NAME.fullmatch(n) and not Path(n).exists()] or None,
         model_name=repo_id.split("/")[-1] if results else None, eval_results=results or None,
     )  # fmt: skip
+
+
+def given_stages(run, folders):
+    """`earlier_stages` of folders that the user names."""
+    runs = [read_run(folder) for folder in folders]
+    return runs, start_of([*runs, run][0])
+
+
+def is_all_recorded(runs, outside, adapter):
+    """Whether the data of all training behind a model are known, from fresh weights on."""
+    stages, rows = [stage_of(run) for run in runs], [data_rows(run) for run in runs]
+    known = all(run["config"] for run in runs) and all(rows) and all(where != NOT_RECORDED for part in rows for _, where, _ in part)
+    return known and outside is None and stages[0] == "pretrain" and not (adapter and len(runs) == 1)
 
 
 def build_card(folder, repo_id, *, adapter=False, base_model=None, base_folder=None, stages=None, licence=None,
@@ -227,20 +267,25 @@ def build_card(folder, repo_id, *, adapter=False, base_model=None, base_folder=N
         peft = read_json(model_folder / ADAPTER_CONFIG)
         rank = f"{peft.get('peft_type', 'adapter')} of rank {peft.get('r', NOT_RECORDED)} on the model below"
         facts = [("adapter", rank), ("base model", base_model or NOT_RECORDED), *facts]
-    earlier = earlier_stages(run) if stages is None else [read_run(stage) for stage in stages]
+    earlier, outside = earlier_stages(run) if stages is None else given_stages(run, stages)
     stage = stage_of(run)
     data = metadata(run, repo_id, task_type, adapter, base_model, licence)
-    made = " -> ".join(STAGES.get(stage_of(each), "training") for each in [*earlier, run])
+    made = [STAGES.get(stage_of(each), "training") for each in [*earlier, run]]
+    if outside:
+        absent = "" if HUB_NAME.fullmatch(outside) and not Path(outside).exists() else " (its run folder is not here)"
+        made.insert(0, f"`{without_paths(outside)}`{absent}")
+    tokenizer = repo_id if has_tokenizer(model_folder) else base_model if adapter else None
+    only = " and nothing else" if is_all_recorded([*earlier, run], outside, adapter) else ""
     limits = (
-        "Trained on the data named above and nothing else: facts, languages and tasks outside of it are beyond it. Its "
+        f"Trained on the data named above{only}: facts, languages and tasks outside of it are beyond it. Its "
         "output may be wrong, biased or offensive, and reasoning that reads well may still be wrong. The figures hold "
         "for the tasks and problems named here."
     )
-    return (
-        f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n# {repo_id.split('/')[-1]}\n\n"
-        f"{STAGES.get(stage, 'A model')} of an open DeepSeek-R1. Stages: {made}.\n\n"
+    return mark_card(
+        f"---\n{data.to_yaml()}\n---\n{{mark}}\n\n# {repo_id.split('/')[-1]}\n\n"
+        f"{STAGES.get(stage, 'A model')} of an open DeepSeek-R1. Stages: {' -> '.join(made)}.\n\n"
         f"## Model\n\n{_table(['', ''], facts)}\n\n"
-        f"## Use\n\n{usage(repo_id, auto_class, base_model if adapter else None, revision)}\n\n"
+        f"## Use\n\n{usage(repo_id, auto_class, base_model if adapter else None, revision, tokenizer)}\n\n"
         "`trust_remote_code=True` runs the Python files of the repository: read them, or pin a `revision`.\n\n"
         f"Intended use: {INTENDED.get(stage, NOT_RECORDED)}\n\n"
         f"Licence of the weights: {licence or NOT_RECORDED}. That of each data source is below.\n\n"
@@ -250,11 +295,17 @@ def build_card(folder, repo_id, *, adapter=False, base_model=None, base_folder=N
     )
 
 
-def write_card(folder, repo_id, **facts):
-    """Writes README.md unless somebody wrote one by hand. Returns (path, whether it was written)."""
+def write_card(folder, repo_id, target=None, **facts):
+    """Writes README.md, or `target`, unless somebody wrote or edited the folder's. Returns (path, whether written).
+
+    Of PEFT's empty form, whose metadata may have been filled in, README.old.md keeps a copy.
+    """
     path = Path(folder) / CARD
-    if path.is_file() and not is_generated_card(path.read_text(encoding="utf-8", errors="replace")):
+    there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if there is not None and not is_generated_card(there):
         return path, False
     text = build_card(folder, repo_id, **facts)
-    write_atomically(path, text)
-    return path, True
+    if target is None and there is not None and CARD_START not in there:
+        path.replace(path.with_name("README.old.md"))
+    write_atomically(target or path, text)
+    return Path(target or path), True

@@ -1,5 +1,6 @@
 """The settings that every stage's config shares: precision, the run folder, resuming."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,16 @@ class RunSettings:
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()  # that of the library's config, next in the order of bases
+
+    def __copy__(self):
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)  # the token too, which `__getstate__` leaves out
+        return twin
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def __getstate__(self):
         """What is pickled, in training_args.bin of every checkpoint: not the access token of the Hub."""

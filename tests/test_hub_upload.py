@@ -2,28 +2,37 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
+from copy import copy as shallow
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import huggingface_hub
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard, constants
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import hub_upload
 from data_scripts.train_tokenizer import train_tokenizer
-from recipes import hub_commit, pretrain
-from recipes.hub_commit import UploadError, commit_files, hub_api
+from recipes import hub_commit, logging_callbacks, pretrain
+from recipes.hub_commit import UploadError, commit_files, hub_api, is_generated_card
 from recipes.hub_files import select_files
+from recipes.hub_paths import public_results
+from recipes.hub_push import HubPushMixin
 from recipes.model_card import build_card
+from recipes.pretrain_config import PretrainConfig
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, HubServer
 from tests.recipes.tiny_run import SIZES
 
@@ -149,7 +158,7 @@ def test_all_stages_are_pushed_and_load_elsewhere(hub, stages, tmp_path, capfd):
     assert not [name for name in files if name.endswith((".bin", ".pt")) or "checkpoint-" in name]
     adapter = hub.files("user/my-sft")
     assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "user/my-pretrain"
-    assert set(adapter) == {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(adapter) == {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md", "checksums.json"}
 
 
 def test_a_run_pushes_while_it_trains(hub, stages):
@@ -168,10 +177,13 @@ def test_a_run_pushes_while_it_trains(hub, stages):
 
 
 def test_dry_run_lists_and_pushes_nothing(hub, copy, trusted, capsys):
+    (copy / "README.md").unlink()
     hub.requests.clear()
     assert hub_upload.main([str(copy), "user/dry", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "model.safetensors.index.json" in said and str(copy / "README.md") in said
+    (card,) = re.findall(r"(\S+README.md): model card written", said)
+    assert "Pretraining" in Path(card).read_text() and not (copy / "README.md").exists()
+    assert "model.safetensors.index.json" in said and "README.md" in said.split("nothing is pushed")[1]
     assert "training_args.bin (a pickle file" in said and not hub.requests and "user/dry" not in hub.repos
 
 
@@ -265,6 +277,15 @@ def test_damaged_folders_are_refused(hub, copy, trusted, capsys, damage, message
 def test_an_adapter_needs_a_base_that_others_have(hub, stages, capsys):
     assert hub_upload.main([str(stages / "sft"), "user/alone"]) == 1
     assert "--base_model" in capsys.readouterr().err
+
+
+def test_settings_that_lead_nowhere(hub, copy, trusted, capsys):
+    assert hub_upload.main([str(copy), "user/a/b"]) == 1 and "user/a/b" in capsys.readouterr().err
+    assert hub_upload.main([str(copy), "user/x", "--stages", "sft=/nowhere"]) == 1
+    assert "/nowhere is no folder" in capsys.readouterr().err
+    (copy / "config.yaml").write_text("a: [")
+    assert hub_upload.main([str(copy), "user/x"]) == 1
+    assert "config.yaml is damaged" in capsys.readouterr().err and "user/x" not in hub.repos
 
 
 @pytest.mark.parametrize("token, message", [
@@ -402,3 +423,228 @@ def test_select_files_leaves_training_state(stages):
     kept, left = select_files(stages / "pretrain")
     assert left["checkpoint-4/"] == "training state" and "pickle" in left["training_args.bin"]
     assert "model.safetensors.index.json" in kept and not any(name.endswith((".bin", ".pt")) for name in kept)
+
+
+# ---------------------------------------------------------------- secrets, privacy, what others wrote
+
+
+@pytest.mark.parametrize("words", [
+    ["--hub-token", "hf_s"], ["--hub_token", "hf_s"], ["--hub-token=hf_s"], ["--hub_token=hf_s"],
+    ["--push-to-hub-token", "hf_s"], ["--push_to_hub_token=hf_s"],
+])  # fmt: skip
+def test_a_token_is_not_in_the_command(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--seed", "1"])
+    said = logging_callbacks.command_line()
+    assert "hf_s" not in said and "..." in said and said.endswith("--seed 1")
+
+
+def test_no_token_is_in_config_yaml(hub, monkeypatch, tmp_path):
+    """Also where an abbreviated option or another field holds it."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_tok", "hf_given", "--run_name", TOKEN])
+    args = transformers.TrainingArguments(str(tmp_path), hub_token="hf_given", run_name=TOKEN, use_cpu=True)
+    args.mixed_precision = "no"
+    model = SimpleNamespace(config=transformers.PreTrainedConfig())
+    logging_callbacks.write_run_config(args, model, tmp_path, {})
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hf_given" not in text and TOKEN not in text and yaml.safe_load(text)["arguments"]["run_name"] == "..."
+
+
+def test_copies_of_the_settings_keep_the_token_and_pickles_do_not(tmp_path):
+    args = PretrainConfig(
+        output_dir=str(tmp_path), dataset_name="x", hub_token="hf_given", use_cpu=True, model_name_or_path="y",
+        tokenizer_name_or_path="z",
+    )  # fmt: skip
+    assert deepcopy(args).hub_token == shallow(args).hub_token == "hf_given" and deepcopy(args) == args
+    assert pickle.loads(pickle.dumps(args)).hub_token is None
+
+
+class Pushes(HubPushMixin):
+    """The part of a trainer that pushes."""
+
+    hub_model_id, push_in_progress, state, control = "user/run", None, SimpleNamespace(global_step=3), None
+    callback_handler = SimpleNamespace(on_push_begin=lambda *_: None)
+
+    def __init__(self, folder, **settings):
+        self.args = SimpleNamespace(**{
+            "output_dir": str(folder), "push_to_hub": True, "hub_token": None, "hub_revision": None,
+            "hub_private_repo": None, "hub_strategy": "every_save", "hub_always_push": True} | settings)  # fmt: skip
+
+    def is_world_process_zero(self):
+        return True
+
+    def _finish_current_push(self):
+        pass
+
+
+@pytest.mark.parametrize("damage", [lambda f: (f / "config.json").unlink(), lambda f: (f / "eval.json").write_text("[")])
+def test_a_finished_run_says_so_if_it_cannot_be_pushed(hub, copy, damage):
+    damage(copy)
+    with pytest.raises(UploadError, match="The run is finished and saved; push it by: python hub_upload.py"):
+        Pushes(copy).push_results({})
+
+
+def test_training_survives_a_push_that_fails(hub, copy, caplog, monkeypatch):
+    """Before it starts; in the background; and where the checkpoint's own upload fails."""
+    (copy / "routing.py").unlink()
+    Pushes(copy)._push_from_checkpoint(copy)
+    assert "lacks routing.py" in caplog.text and "training goes on" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("recipes.hub_push.write_card", lambda *_, **__: 1 / 0)
+    Pushes(copy)._push_from_checkpoint(copy)
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    monkeypatch.setattr("recipes.hub_push.Path.read_bytes", lambda path: b"{}")
+    monkeypatch.setattr("recipes.hub_push.select_files", lambda *_: ({}, {}))
+    pushes = Pushes(copy, hub_strategy="checkpoint", hub_token=READ_TOKEN)
+    pushes._push_from_checkpoint(copy)
+    pushes.push_in_progress.wait_until_done()
+    time.sleep(0.1)
+    assert "step 3): " in caplog.text and "step 3, checkpoint): " in caplog.text and not list(copy.glob(".pushing*"))
+
+
+def test_private_is_not_public(hub, copy, trusted, capsys):
+    commit_files(hub_api(), "user/public", {"notes.txt": b"x"}, "mine")
+    assert hub_upload.main([str(copy), "user/public", "--private", "--overwrite"]) == 1
+    assert "is public already" in capsys.readouterr().err and content(hub, "user/public") == {"notes.txt": b"x"}
+    trainer = type("Trains", (Pushes, Initialises), {})(copy, hub_private_repo=True)
+    trainer.hub_model_id = "user/public"
+    with pytest.raises(UploadError, match="leave out --private"):
+        trainer.init_hf_repo()
+    with pytest.raises(UploadError, match="is public already"):
+        commit_files(hub_api(), "user/public", NEW, "new", private=True)
+
+
+class Initialises:
+    def init_hf_repo(self, token=None, private=None):
+        """In the place of Trainer's."""
+
+
+@pytest.mark.parametrize("edit", [lambda text: text + "More.\n", lambda text: text.replace("license: mit", "license: gpl")])
+def test_an_edited_card_stays(hub, copy, trusted, capsys, edit):
+    name = f"user/edited-{len(hub.repos)}"
+    assert hub_upload.main([str(copy), name, "--license", "mit"]) == 0
+    card = (copy / "README.md").read_text()
+    assert is_generated_card(card) and not is_generated_card(edit(card))
+    repo = hub.repos[name]
+    repo.add("main", "by hand", repo.at("main")["files"] | {"README.md": (edit(card).encode(), False)})
+    assert hub_upload.main([str(copy), name]) == 1
+    assert "somebody wrote or edited" in capsys.readouterr().err
+    (copy / "README.md").write_text(edit(card))
+    assert hub_upload.main([str(copy), name]) == 0 and (copy / "README.md").read_text() == edit(card)
+    assert hub.files(name)["README.md"].decode() == edit(card)
+
+
+def test_only_pefts_empty_form_is_replaced(hub, stages, tmp_path, trusted):
+    shutil.copytree(stages / "sft", tmp_path / "sft")
+    form = ModelCard.from_template(ModelCardData(pipeline_tag="x")).content + "\n### Framework versions\n\n- PEFT 0.17.0"
+    (tmp_path / "sft" / "README.md").write_text(form)
+    command = [str(tmp_path / "sft"), "user/form", "--base_model", "user/base", "--overwrite"]
+    assert hub_upload.main(command) == 0
+    assert (tmp_path / "sft" / "README.old.md").read_text() == form
+    card = hub.files("user/form")["README.md"].decode()
+    assert is_generated_card(card) and 'AutoTokenizer.from_pretrained("user/base")' in card
+    mine = form.replace("[More Information Needed]", "Me", 1)
+    (tmp_path / "sft" / "README.md").write_text(mine)
+    assert hub_upload.main(command) == 0 and hub.files("user/form")["README.md"].decode() == mine
+
+
+def test_what_an_overwritten_model_left_goes(hub, copy, trusted):
+    gone = ["eval.json", "adapter_config.json", "vocab.txt", "adapter_model.safetensors", "merges.txt",
+            "additional_chat_templates/a.jinja", "pytorch_model.bin"]  # fmt: skip
+    stay = ["notes.txt", "LICENSE", "picture.svg", "last-checkpoint/model.safetensors", "data/eval.json", "own.py"]
+    there = {name: name.encode() for name in [*gone, *stay]}
+    commit_files(hub_api(), "user/left", there, "theirs")
+    (copy / "eval.json").unlink()
+    assert hub_upload.main([str(copy), "user/left", "--overwrite"]) == 0
+    files = hub.files("user/left")
+    assert not set(gone) & set(files) and {name: files[name] for name in stay} == {name: there[name] for name in stay}
+
+
+# ---------------------------------------------------------------- tokenizer, adapters, paths, stages
+
+
+def test_a_tokenizer_that_is_another_elsewhere(copy, monkeypatch):
+    verify = lambda: hub_upload._largest_difference(hub_upload.Upload(copy, ""), ([torch.zeros(1)], [1, 2]))
+    monkeypatch.setattr(hub_upload, "compute", lambda *_: ("", [torch.zeros(1)]))
+    with pytest.raises(ValueError, match="its tokenizer gives other ids"):
+        verify()
+    monkeypatch.setattr(hub_upload, "tokenize", lambda folder: [1, 2])
+    assert verify() == 0
+
+
+def test_a_damaged_tokenizer_is_refused(copy):
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not loaded by a process without this package"):
+        hub_upload.verify_uploads([hub_upload.Upload(copy, "")])
+
+
+def test_a_model_without_tokenizer(hub, copy, trusted, capsys):
+    for path in [*copy.glob("*token*.json"), *copy.glob("*.jinja")]:
+        path.unlink()
+    assert hub_upload.main([str(copy), "user/mute"]) == 0
+    assert "Warning" in capsys.readouterr().out and "AutoTokenizer" not in (copy / "README.md").read_text()
+
+
+def test_adapters_have_checksums(hub, stages, tmp_path, trusted, capsys):
+    class Saves(HubPushMixin, type("Trainer", (), {"_save": lambda self, folder, _: self.model.save_pretrained(folder)})):
+        args = SimpleNamespace(should_save=True, output_dir=None)
+
+    trainer, folder = Saves(), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(stages / "pretrain")
+    trainer.model = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    folder.mkdir()
+    (folder / "README.md").write_text("# Mine")
+    trainer._save(str(folder), None)
+    assert (folder / "README.md").read_text() == "# Mine"
+    assert list(json.loads((folder / "checksums.json").read_text())["files"]) == ["adapter_model.safetensors"]
+    command = [str(folder), "user/adapter", "--base_model", "user/base"]
+    weights = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    assert hub_upload.main(command) == 1
+    assert "differs from what was written" in capsys.readouterr().err and "user/adapter" not in hub.repos
+
+
+def test_paths_of_this_machine_stay_here(hub, copy, trusted, stages):
+    before = {path.name: path.read_bytes() for path in copy.glob("*.*") if path.name != "README.md"}
+    assert hub_upload.main([str(copy), "user/paths"]) == 0
+    for name, uploaded in hub.files("user/paths").items():
+        assert str(stages).encode() not in uploaded and str(copy.parent).encode() not in uploaded, name
+    assert all((copy / name).read_bytes() == content for name, content in before.items())
+    arguments = yaml.safe_load(hub.files("user/paths")["config.yaml"])["arguments"]
+    assert arguments["dataset_name"] in ("documents.jsonl", ["documents.jsonl"])
+
+
+def test_which_paths_are_shortened():
+    config = {"command": "python /opt/me/train.py --data='/home/me/My data/x' --base user/model ./runs/a",
+              "arguments": {"a": "/home/me/1", "b": ["/data/x,/data/y"], "c": "https://host/a/b", "d": "a/b/c",
+                            "e": "</think>\n<answer>", "f": 3, "g": "/My data/x"}}  # fmt: skip
+    metrics = b'{"path": "/home/me/1", "text": "1 /2/3"}'
+    found = public_results({"config.yaml": yaml.safe_dump(config).encode(), "metrics.jsonl": metrics})
+    assert yaml.safe_load(found["config.yaml"]) == {
+        "command": "python train.py --data=x --base user/model ./runs/a",
+        "arguments": {"a": "1", "b": ["x,y"], "c": "https://host/a/b", "d": "a/b/c", "e": "</think>\n<answer>", "f": 3,
+                      "g": "x"}}  # fmt: skip
+    assert found["metrics.jsonl"] == b'{"path": "1", "text": "1 /2/3"}'
+
+
+def test_stages_that_moved_or_are_elsewhere(stages, tmp_path):
+    def card(stage, start, folder=tmp_path / "ppo", **arguments):
+        folder.mkdir(exist_ok=True)
+        arguments |= {"model_name_or_path": start} if start else {}
+        (folder / "config.yaml").write_text(json.dumps({"stage": stage, "arguments": arguments}))
+        return build_card(folder, "user/x", model_folder=stages / "pretrain")
+
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "manifest.json").write_text(json.dumps({"sources": {"web": {"location": "a/b"}}}))
+    card("pretrain", None, tmp_path / "base", dataset_name=str(data))
+    moved = card("sft", "/elsewhere/base/checkpoint-3", dataset_name=str(data))
+    assert "Stages: Pretraining -> " in moved and "not here" not in moved and "and nothing else" in moved
+    assert "and nothing else" not in card("sft", "/elsewhere/base")  # data not recorded
+    absent = card("sft", "/elsewhere/lost", dataset_name=str(data))
+    assert "Stages: `lost` (its run folder is not here) -> " in absent and "and nothing else" not in absent
+    hub = card("sft", "user/model", dataset_name=str(data))
+    assert "Stages: `user/model` -> " in hub and "and nothing else" not in hub
