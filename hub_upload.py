@@ -182,8 +182,9 @@ def _largest_difference(upload, fresh):
     """Compares a folder's logits and token ids here with the fresh process's, and an adapter's with its merged ones."""
     (here, ids), (fresh, fresh_ids) = outputs_here(upload), fresh
     if ids != fresh_ids:
-        raise ValueError(f"{upload.folder}: its tokenizer gives other ids after reloading: {fresh_ids} instead of {ids}; "
-                         "not uploaded")  # fmt: skip
+        raise ValueError(
+            f"{upload.folder}: its tokenizer gives other ids reloaded: {fresh_ids} instead of {ids}; not uploaded"
+        )
     apart = lambda one, other: (one.float() - other.float()).abs().max().item()
     difference = max(apart(*pair) for pair in zip(here, fresh, strict=True))
     if not difference <= 1e-4:
@@ -292,8 +293,8 @@ def prepare(upload, args, say=print):
     stages = None if args.stages is None else [Path(entry.rpartition("=")[2]) for entry in args.stages]
     target = Path(tempfile.mkdtemp(prefix="model_card_")) / CARD if args.dry_run else None
     card, written = write_card(
-        folder, upload.repo_id, target, adapter=upload.adapter, base_model=upload.base_model, base_folder=upload.base_folder,
-        stages=stages, licence=args.license, revision=args.revision,
+        folder, upload.repo_id, target, adapter=upload.adapter, base_model=upload.base_model,
+        base_folder=upload.base_folder, stages=stages, licence=args.license, revision=args.revision,
     )  # fmt: skip
     say(f"{card}: {'model card written' if written else 'kept: you wrote or edited it'}")
     files, left_out = select_files(folder, upload.adapter)
@@ -320,7 +321,8 @@ def parse(argv=None):
     parser.add_argument("repo_id", help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument("--revision", default="main", help="branch to push to; created if it is not there")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, show the card in a temporary file, push nothing")  # fmt: skip
+    parser.add_argument("--dry_run", "--dry-run", action="store_true",
+                        help="check, write the card to a temporary file, push nothing")  # fmt: skip
     parser.add_argument("--adapter_only", "--adapter-only", action="store_true",
                         help="the adapter, where the folder holds whole weights too")  # fmt: skip
     parser.add_argument("--base_model", "--base-model", help="name on the Hub of what an adapter was trained on")

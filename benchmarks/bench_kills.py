@@ -108,7 +108,8 @@ class Training:
         shutil.rmtree(self.target, ignore_errors=True)
 
     def was_writing(self):
-        return any(self.target.glob(".removing-*")) or any(is_unfinished(path) for _, path in list_checkpoints(self.target))
+        unfinished = (path for _, path in list_checkpoints(self.target) if is_unfinished(path))
+        return any(self.target.glob(".removing-*")) or any(unfinished)
 
     def is_intact(self):
         path, _ = newest_complete_checkpoint(self.target)

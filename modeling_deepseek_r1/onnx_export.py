@@ -215,8 +215,8 @@ def export(source, target, tolerance=1e-3):
         if not all(difference <= tolerance for difference in differences):  # NaN is none of both
             raise ValueError(
                 f"the graph's logits differ from the model's by {differences[0]:.3g} (prefill) and "
-                f"{differences[1]:.3g} (decoding), not <= tolerance={tolerance}; a larger --tolerance accepts it, if logits of this model "
-                "are that imprecise in float32"
+                f"{differences[1]:.3g} (decoding), not <= tolerance={tolerance}; a larger --tolerance accepts it, if "
+                "logits of this model are that imprecise in float32"
             )
         for name in TOKENIZER_FILES:
             if (source / name).is_file():

@@ -145,7 +145,9 @@ def check_destination(api, repo_id, revision, files, kind, card=None):
     """Raises UploadError if the branch holds another model, or files in our places that are not ours.
 
     Args:
-        files: names that will be written; card: text of the folder's README.md, if there is one; kind: {"config": dict or None, "adapter_config": dict or None} of the folder.
+        files: names that will be written.
+        card: text of the folder's README.md, if there is one.
+        kind: {"config": dict or None, "adapter_config": dict or None} of the folder.
     """
     there = existing_files(api, repo_id, revision)
     others = sorted(set(there) - {".gitattributes"})

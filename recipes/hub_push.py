@@ -61,8 +61,9 @@ class HubPushMixin:
         except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
             raise explain(error, self.args.hub_model_id or Path(self.args.output_dir).name) from None
         if self.is_world_process_zero():
-            api, private = hub_api(token or self.args.hub_token), self.args.hub_private_repo if private is None else private
-            with_retries(lambda _: check_private(api, self.hub_model_id, private), self.hub_model_id, say=logger.warning)
+            api = hub_api(token or self.args.hub_token)
+            wanted = self.args.hub_private_repo if private is None else private
+            with_retries(lambda _: check_private(api, self.hub_model_id, wanted), self.hub_model_id, say=logger.warning)
             for left in Path(self.args.output_dir).glob(".pushing-*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
 

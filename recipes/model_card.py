@@ -245,7 +245,8 @@ def given_stages(run, folders):
 def is_all_recorded(runs, outside, adapter):
     """Whether the data of all training behind a model are known, from fresh weights on."""
     stages, rows = [stage_of(run) for run in runs], [data_rows(run) for run in runs]
-    known = all(run["config"] for run in runs) and all(rows) and all(where != NOT_RECORDED for part in rows for _, where, _ in part)
+    known = all(run["config"] for run in runs) and all(rows)
+    known = known and all(where != NOT_RECORDED for part in rows for _, where, _ in part)
     return known and outside is None and stages[0] == "pretrain" and not (adapter and len(runs) == 1)
 
 
