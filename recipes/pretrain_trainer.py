@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.data import bits_per_byte
+from recipes.expert_loads import ExpertLoadCounter
 from recipes.recipe_trainer import RecipeTrainerMixin, Strided
 from recipes.sizing import device_peak_flops, flops_per_token
 
@@ -118,16 +119,24 @@ class PretrainTrainer(RecipeTrainerMixin, Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Sums of nats and predicted tokens by source, over all processes. No logits are kept."""
+        """Sums of nats and predicted tokens by source, over all processes. No logits are kept.
+
+        `self.expert_loads`: the table of `recipes.expert_loads` of the same text; empty for models without routers.
+        """
         rows, model, was_training = dataloader.dataset.rows, self.model, self.model.training
         model.eval()
         sums = torch.zeros(len(rows.sources), 2, dtype=torch.float64, device=self.args.device)
-        for batch, counted in self.equal_batches(dataloader):
-            part = self._evaluate_batch(model, batch, len(rows.sources))
-            sums += part if counted else 0
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loads = ExpertLoadCounter(self.accelerator.unwrap_model(model), len(rows.sources))
+        with loads.listening():
+            for batch, counted in self.equal_batches(dataloader):
+                part = self._evaluate_batch(model, batch, len(rows.sources))
+                sums += part if counted else 0
+                loads.add(batch["sources"].to(self.args.device) if counted else torch.full_like(
+                    batch["sources"], -1, device=self.args.device))
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
         sums = self.accelerator.reduce(sums, "sum").cpu()
+        self.expert_loads = loads.table(rows.sources, lambda counts: self.accelerator.reduce(counts, "sum"))
         metrics = bits_per_byte_metrics(sums, rows.sources, rows.bytes_by_source())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))

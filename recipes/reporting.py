@@ -24,6 +24,7 @@ import yaml
 from recipes.checkpoint_files import write_atomically
 from recipes.eval_report import before_and_after
 from recipes.eval_tables import with_interval
+from recipes.expert_loads import balance_plot, favourite_rows, group_counts, heat_maps
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
 from recipes.ppo_plots import ppo_figures, ppo_rows
 from recipes.report_page import facts_table, page, plot
@@ -196,6 +197,19 @@ def _samples(records):
     return "".join(parts)
 
 
+def _expert_section(evaluation, config):
+    """Which experts like which text, of the final weights."""
+    table = evaluation.get("expert_load")
+    if not table:
+        return ""
+    kinds = group_counts(table, config.get("data", {}).get("kinds", {}))
+    made = [(balance_plot(kinds), "Largest over mean expert load by layer, of held-out text of each kind and of all.")]
+    plots = "".join(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+                    for svg, caption in made + heat_maps(table))
+    return (f"<h2>Experts</h2><section><p class=note>Where the tokens of a kind of text are sent most, in times the "
+            f"expert's even share.</p>{facts_table(favourite_rows(kinds))}</section><div class=plots>{plots}</div>")
+
+
 def build_report(run_dir):
     """The page as text. Raises ValueError where there is nothing to report."""
     run_dir = Path(run_dir)
@@ -219,6 +233,7 @@ def build_report(run_dir):
         f"<h2>Results</h2><section>{facts_table(result_rows(records, evaluation, config))}</section>"
         f"<h2>Run</h2><section>{facts_table(facts)}</section>"
         f"<h2>Curves</h2><div class=plots>{plots}</div>"
+        + _expert_section(evaluation, config)
         + reward_section(evaluation, run_dir)
         + before_and_after(evaluation.get("tasks", {}), run_dir)
         + (f"<h2>Samples</h2><section>{samples}</section>" if samples else "")

@@ -91,6 +91,8 @@ def finish_run(trainer):
     args, results = trainer.args, {"step": trainer.state.global_step}
     if trainer.eval_dataset is not None:
         results["weights"] = _evaluation(trainer, "final")
+        if trainer.expert_loads:
+            results["expert_load"] = trainer.expert_loads
     trainer.save_model()
     save_average(trainer, lambda: results.update(ema=_evaluation(trainer, "ema")))
     if not trainer.is_world_process_zero():
