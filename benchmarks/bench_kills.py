@@ -38,7 +38,7 @@ from recipes import run_results
 from recipes.checkpoint_files import find_problem, is_unfinished, list_checkpoints, newest_complete_checkpoint
 from recipes.hub_commit import commit_files
 from recipes.run_results import text_table
-from tests.hub_server import TOKEN, HubServer
+from tests.hub.hub_server import TOKEN, HubServer
 from tests.recipes.tiny_run import SIZES
 from tests.recipes.tiny_stages import RECIPES, arguments, differences, make_base
 
