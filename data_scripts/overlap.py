@@ -39,8 +39,11 @@ class NgramIndex:
 
     A hash is the sum over the window of (random value of the unit) * (odd random factor of the place)
     modulo 2**64: a chance hit is possible (about held-out n-grams / 2**64 a window) and would merely
-    drop a document that need not be dropped; an overlap is never missed.
+    drop a document that need not be dropped; an overlap is never missed. Memory is that of the held-out text: units
+    that it does not hold share one value when other texts are compared.
     """
+
+    _UNKNOWN = numpy.uint64(0x5851F42D4C957F2D)
 
     def __init__(self):
         self._values, self._random = {}, numpy.random.default_rng(13)
@@ -51,6 +54,8 @@ class NgramIndex:
     def _value(self, unit):
         value = self._values.get(unit)
         if value is None:
+            if self._sorted is not None:
+                return self._UNKNOWN
             if self._used == len(self._pool):
                 self._pool = self._random.integers(0, 2**64 - 1, size=65_536, dtype=numpy.uint64)
                 self._used = 0
@@ -74,15 +79,26 @@ class NgramIndex:
 
     def add(self, text):
         """Take the n-grams of a held-out document in."""
-        self._hashes.append(numpy.unique(self._hash(text)))
         self._sorted = None
+        self._hashes.append(numpy.unique(self._hash(text)))
+
+    def __len__(self):
+        self._sort()
+        return len(self._sorted)
+
+    def _sort(self):
+        if self._sorted is None:
+            self._sorted = numpy.unique(numpy.concatenate([numpy.empty(0, numpy.uint64), *self._hashes]))
+
+    def find(self, text):
+        """Which n-grams added so far the text has, as their ranks (rising, each once)."""
+        self._sort()
+        hashes = self._hash(text)
+        if not len(hashes) or not len(self._sorted):
+            return numpy.empty(0, numpy.int64)
+        places = numpy.minimum(numpy.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
+        return numpy.unique(places[self._sorted[places] == hashes])
 
     def overlaps(self, text):
         """Whether the text shares an n-gram with any document added so far."""
-        if self._sorted is None:
-            self._sorted = numpy.unique(numpy.concatenate([numpy.empty(0, numpy.uint64), *self._hashes]))
-        hashes = self._hash(text)
-        if not len(hashes) or not len(self._sorted):
-            return False
-        places = numpy.searchsorted(self._sorted, hashes)
-        return bool((self._sorted[numpy.minimum(places, len(self._sorted) - 1)] == hashes).any())
+        return bool(len(self.find(text)))

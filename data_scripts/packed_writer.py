@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from array import array
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import numpy
 
 FORMAT, VERSION = "packed-tokens", 1
 DOCUMENT = numpy.dtype([("start", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("source", "<i2")])
+_RECORD = struct.Struct("<qqqh")  # the same, packed
 _OURS = re.compile(r"manifest\.json|tokenizer|(train|validation)-\d{5}\.(bin|documents\.npy)")
 
 
@@ -39,6 +41,14 @@ def token_dtype(vocab_size):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_array(path, values):
+    """Write an .npy file that is there only when it is complete."""
+    buffer = io.BytesIO()  # numpy.save into a file hides the errno of a full disk
+    numpy.save(buffer, values)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 class TextSpool:
@@ -70,13 +80,40 @@ class TextSpool:
         self._file.close()
 
 
+class KeySet:
+    """A growing set of keys of 64 bits in 8 bytes each: sorted arrays, and a Python set of the latest."""
+
+    def __init__(self, latest=1 << 16):
+        self._limit, self._latest, self._sorted = latest, set(), []
+
+    def add(self, key):
+        """Take the key in; whether it was new."""
+        if key in self._latest or any(self._holds(part, key) for part in self._sorted):
+            return False
+        self._latest.add(key)
+        if len(self._latest) == self._limit:
+            self._sorted.append(numpy.sort(numpy.fromiter(self._latest, numpy.uint64, self._limit)))
+            self._latest = set()
+            # Parts of one size are joined, so that there are few of them.
+            while len(self._sorted) > 1 and len(self._sorted[-1]) >= len(self._sorted[-2]):
+                self._sorted[-2:] = [numpy.sort(numpy.concatenate(self._sorted[-2:]))]
+        return True
+
+    @staticmethod
+    def _holds(part, key):
+        place = numpy.searchsorted(part, numpy.uint64(key))
+        return place < len(part) and int(part[place]) == key
+
+
 class TokenSpool:
-    """Encoded documents of one source and split on disk, read back through a memory map."""
+    """Encoded documents of one source and split on disk (16 bytes a document in memory).
+
+    They are read, not mapped: mapped pages would count as memory of the process.
+    """
 
     def __init__(self, path, dtype):
-        self._path, self.dtype = Path(path), dtype
-        self._file, self._ends, self.bytes = open(path, "wb"), array("q", [0]), array("q")
-        self._map = None
+        self.dtype = dtype
+        self._file, self._ends, self.bytes = open(path, "w+b"), array("q", [0]), array("q")
 
     def append(self, ids, text_bytes):
         # Not tofile(): its error on a full disk carries no errno.
@@ -91,10 +128,13 @@ class TokenSpool:
         return self._ends[-1]
 
     def __getitem__(self, index):
-        if self._map is None:
-            self._file.close()
-            self._map = numpy.memmap(self._path, self.dtype, "r")
-        return self._map[self._ends[index]:self._ends[index + 1]]
+        self._file.flush()
+        start, size = self._ends[index], self._ends[index + 1] - self._ends[index]
+        raw = os.pread(self._file.fileno(), size * self.dtype.itemsize, start * self.dtype.itemsize)
+        return numpy.frombuffer(raw, self.dtype)
+
+    def close(self):
+        self._file.close()
 
 
 class SplitWriter:
@@ -104,18 +144,18 @@ class SplitWriter:
         self._folder, self._split, self._dtype = Path(folder), split, dtype
         self._limit, self._file, self.files = tokens_per_file, None, []
         self.totals = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in sources}
-        self._sources = list(sources)
+        self._places = {name: place for place, name in enumerate(sources)}
 
     def append(self, ids, text_bytes, source):
         if self._file is None or (self._written and self._written + len(ids) > self._limit):
             self._finish_file()
             self._name = f"{self._split}-{len(self.files):05d}"
             self._file, self._sum = open(self._folder / f"{self._name}.bin", "wb"), hashlib.sha256()
-            self._records, self._written = [], 0
+            self._records, self._written = bytearray(), 0
         raw = numpy.ascontiguousarray(ids, self._dtype).tobytes()
         self._file.write(raw)
         self._sum.update(raw)
-        self._records.append((self._written, len(ids), text_bytes, self._sources.index(source)))
+        self._records += _RECORD.pack(self._written, len(ids), text_bytes, self._places[source])
         self._written += len(ids)
         total = self.totals[source]
         total["tokens"] += len(ids)
@@ -128,11 +168,9 @@ class SplitWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        index = self._folder / f"{self._name}.documents.npy"
-        buffer = io.BytesIO()  # numpy.save into a file hides the errno of a full disk
-        numpy.save(buffer, numpy.array(self._records, DOCUMENT))
-        index.write_bytes(buffer.getvalue())
-        self.files.append({"name": f"{self._name}.bin", "tokens": self._written, "documents": len(self._records),
+        index, records = self._folder / f"{self._name}.documents.npy", numpy.frombuffer(self._records, DOCUMENT)
+        save_array(index, records)
+        self.files.append({"name": f"{self._name}.bin", "tokens": self._written, "documents": len(records),
                            "sha256": self._sum.hexdigest(), "documents_name": index.name,
                            "documents_sha256": file_sha256(index)})
         self._file = None
@@ -153,6 +191,29 @@ def write_manifest(folder, manifest):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def read_manifest(folder):
+    """The manifest of a complete packed data set."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no manifest.json, which is written last: it is unfinished or no packed "
+                                "data set; make it with data_scripts.prepare_pretraining")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path} is of format {manifest.get('format')!r} version {manifest.get('version')}, expected "
+                         f"{FORMAT!r} version {VERSION}")
+    return manifest
+
+
+def recorded_sums(manifest):
+    """{file: SHA-256} of everything whose checksum the manifest holds."""
+    sums = {"tokenizer/tokenizer.json": manifest["tokenizer_sha256"]}
+    for split in manifest["splits"].values():
+        for file in split["files"]:
+            sums[file["name"]] = file["sha256"]
+            sums[file["documents_name"]] = file["documents_sha256"]
+    return sums
+
+
 def read_finished(folder, fingerprint):
     """The manifest of a complete data set made with these settings whose files all match, else None."""
     path = Path(folder) / "manifest.json"
@@ -161,13 +222,8 @@ def read_finished(folder, fingerprint):
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if (manifest.get("format"), manifest.get("version"), manifest.get("fingerprint")) != (FORMAT, VERSION, fingerprint):
         return None
-    sums = {"tokenizer/tokenizer.json": manifest["tokenizer_sha256"]}
-    for split in manifest["splits"].values():
-        for file in split["files"]:
-            sums[file["name"]] = file["sha256"]
-            sums[file["documents_name"]] = file["documents_sha256"]
     intact = all((path.parent / name).is_file() and file_sha256(path.parent / name) == value
-                 for name, value in sums.items())
+                 for name, value in recorded_sums(manifest).items())
     return manifest if intact else None
 
 

@@ -4,11 +4,15 @@
     python -m data_scripts.prepare_pretraining --output_dir data/mine --source mine=./my_texts
     python -m data_scripts.prepare_pretraining --output_dir data/mixed --max_tokens 50000000 \\
         --source web=HUB/NAME --source code=built-in --mixture web=80,code=20
+    python -m data_scripts.prepare_pretraining --output_dir data/small --corpus data/clean --vocab_size 32768 \\
+        --mixture text=57,text.anarchism=3,code=20,multilingual=15,mathematics=5 --temperature 2 --max_epochs 4,gcide=1
 
 The default mixture is 60 % English, 20 % code, 15 % Chinese and 5 % mathematics, in per cent of
 tokens, all from what the installation ships or has. Exact duplicates are removed; documents are held
 out for validation; training documents that share an n-gram with a held-out one are dropped
 (`overlap.py`). A finished data set of the same settings is not made again.
+
+With `--corpus` the sources are the folders that `clean_corpus` writes (`corpus_packing.py`).
 """
 
 import argparse
@@ -18,12 +22,15 @@ import json
 import logging
 import math
 import re
+from array import array
 from pathlib import Path
 
+import numpy
 from tqdm.auto import tqdm
 
 from data_scripts import overlap, packed_writer
 from data_scripts import sources as source_module
+from data_scripts.mixture import CURRICULA, DEFAULT_EPOCHS, interleave, parse_epochs
 from data_scripts.train_tokenizer import load_tokenizer, train_tokenizer
 from recipes.encoding import encode_documents
 from recipes.text_files import ReadReport
@@ -122,25 +129,24 @@ def read_sources(settings, work, progress):
     """Read every source into a spool, without exact duplicates.
 
     Returns:
-        spools {kind: TextSpool}, orders {kind: list of indices, shuffled by the seed},
+        spools {kind: TextSpool}, orders {kind: array of indices, shuffled by the seed},
         duplicates {kind: count}, skipped {kind: ReadReport}.
     """
-    spools, orders, duplicates, skipped, seen = {}, {}, {}, {}, set()
+    spools, orders, duplicates, skipped, seen = {}, {}, {}, {}, packed_writer.KeySet()
     for kind, share in settings.shares.items():
         location = settings.sources.get(kind, "built-in")
         enough = math.inf if settings.max_tokens is None else share * settings.max_tokens * MOST_BYTES_PER_TOKEN
         enough *= 1 + settings.validation_fraction * HELD_OUT_RESERVE
-        spool, keys, duplicates[kind] = packed_writer.TextSpool(work / f"{kind}.texts"), [], 0
+        spool, keys, duplicates[kind] = packed_writer.TextSpool(work / f"{kind}.texts"), array("Q"), 0
         skipped[kind] = ReadReport()
         documents = source_module.open_source(
             kind, location, seed=settings.seed, text_column=settings.text_column,
             errors=settings.errors, report=skipped[kind])
         for document in tqdm(documents, desc=f"read {kind}", unit=" documents", disable=not progress):
-            key = overlap.digest(document.text, settings.seed)
-            if key in seen:
+            key = int.from_bytes(overlap.digest(document.text, settings.seed)[:8], "big")
+            if not seen.add(key):
                 duplicates[kind] += 1
                 continue
-            seen.add(key)
             keys.append(key)
             spool.append(document.text)
             if spool.total() >= enough:
@@ -154,7 +160,8 @@ def read_sources(settings, work, progress):
                              + (f"; {skipped[kind].skipped} were skipped, the first: {skipped[kind].examples[0]}"
                                 if skipped[kind].skipped else "") + "; check its location or leave it out")
         # The digests are salted with the seed: sorting by them is a shuffle that any machine repeats.
-        spools[kind], orders[kind] = spool, sorted(range(len(keys)), key=keys.__getitem__)
+        spools[kind] = spool
+        orders[kind] = numpy.argsort(numpy.frombuffer(keys, numpy.uint64))
     return spools, orders, duplicates, skipped
 
 
@@ -261,20 +268,23 @@ def write_split(settings, encoded, split, total, folder, progress):
     """Interleave the sources so that every stretch has the mixture, up to `total` tokens; manifest entry."""
     dtype = next(iter(encoded.values())).dtype
     writer = packed_writer.SplitWriter(folder, split, dtype, settings.shares, settings.tokens_per_file)
-    taken, position, written = dict.fromkeys(encoded, 0), dict.fromkeys(encoded, 0), 0
+    position, written = dict.fromkeys(encoded, 0), 0
+
+    def write_next(kind):
+        if position[kind] >= len(encoded[kind]) and not settings.allow_repeats:
+            return None
+        place = position[kind] % len(encoded[kind])
+        ids = encoded[kind][place]
+        writer.append(ids, encoded[kind].bytes[place], kind)
+        position[kind] += 1
+        bar.update(len(ids))
+        return len(ids)
+
     with tqdm(total=int(total), desc=f"write {split}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
-        while written < total:
-            # The source furthest behind its share goes next.
-            kind = min(settings.shares, key=lambda k: taken[k] / settings.shares[k])
-            if position[kind] >= len(encoded[kind]) and not settings.allow_repeats:
+        for count in interleave(settings.shares, write_next) if total > 0 else ():
+            written += count
+            if written >= total:
                 break
-            place = position[kind] % len(encoded[kind])
-            ids = encoded[kind][place]
-            writer.append(ids, encoded[kind].bytes[place], kind)
-            position[kind] += 1
-            taken[kind] += len(ids)
-            written += len(ids)
-            bar.update(len(ids))
     entry = writer.close()
     for kind in encoded:
         entry["sources"][kind]["epochs"] = round(position[kind] / len(encoded[kind]), 4)
@@ -375,6 +385,49 @@ def summary(manifest):
     return "\n".join(lines)
 
 
+# Of the two ways to give sources, the one that each of these belongs to.
+CORPUS_ONLY = ("temperature", "max_epochs", "curriculum", "curriculum_window", "when_short", "validation_tokens",
+               "workers")
+SOURCES_ONLY = ("sources", "allow_repeats", "text_column", "errors")
+
+
+def _prepare_from_arguments(arguments, parser):
+    """Call what the arguments are for; refuse those that would have no effect."""
+    corpus, folder = arguments.pop("corpus"), arguments.pop("output_dir")
+    for name in SOURCES_ONLY if corpus else CORPUS_ONLY:
+        if arguments.pop(name) != (dict() if name == "sources" else parser.get_default(name)):
+            raise ValueError(f"--{name.removesuffix('s') if name == 'sources' else name} "
+                             + ("has no effect with --corpus" if corpus else "needs --corpus")
+                             + ("; sources are repeated up to --max_epochs there" if name == "allow_repeats" else ""))
+    if not corpus:
+        return prepare(folder, **arguments)
+    from data_scripts.corpus_packing import prepare_corpus
+
+    preset = SIZES[arguments.pop("size")]
+    for name in ("vocab_size", "validation_fraction"):
+        arguments[name] = preset[name] if arguments[name] is None else arguments[name]
+    arguments["max_epochs"] = parse_epochs(arguments["max_epochs"] or [])
+    return prepare_corpus(folder, corpus, mixture_shares=arguments.pop("mixture"), **arguments)
+
+
+def add_corpus_arguments(parser):
+    parser.add_argument("--corpus", metavar="FOLDER", help="pack the sources below this folder (of clean_corpus)")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="sources of a kind share it by tokens ** (1 / temperature) (default: %(default)s)")
+    parser.add_argument("--max_epochs", action="append", metavar="N|SOURCE=N,...",
+                        help=f"most passes over a source (default: {DEFAULT_EPOCHS:g})")
+    parser.add_argument("--curriculum", choices=CURRICULA, default="none",
+                        help="easy documents first: short ones, or by metadata difficulty, else rare words "
+                             "(default: %(default)s)")
+    parser.add_argument("--curriculum_window", type=float, default=0.1,
+                        help="share of a source within which neighbours are mixed (default: %(default)s)")
+    parser.add_argument("--when_short", choices=("cap", "error"), default="cap",
+                        help="a mixture that cannot be met caps the total, or stops (default: %(default)s)")
+    parser.add_argument("--validation_tokens", type=int, default=1_000_000,
+                        help="most held-out tokens, about (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes; any number gives the same bytes")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder for the data set; replaced as a whole")
@@ -382,7 +435,8 @@ def main(argv=None):
     parser.add_argument("--source", action="append", default=[], metavar="KIND=LOCATION",
                         help="repeatable: a name of your choice and a file, folder or Hub data set (NAME or "
                              f"NAME:CONFIGURATION), or one of {', '.join(source_module.BUILT_IN)}=built-in")
-    parser.add_argument("--mixture", help=f"per cent of tokens (default: {_show(DEFAULT_MIXTURE)})")
+    parser.add_argument("--mixture", help=f"per cent of tokens (default: {_show(DEFAULT_MIXTURE)}); with --corpus "
+                        "also KIND.SOURCE=PERCENT for a single source")
     parser.add_argument("--max_tokens", type=int, help="training tokens (default: the preset's; own sources: all)")
     parser.add_argument("--vocab_size", type=int, help="of the tokenizer to train (default: the preset's)")
     parser.add_argument("--from_folder", dest="tokenizer_folder", help="use this tokenizer unchanged")
@@ -394,6 +448,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of order, split and problems (default: %(default)s)")
     parser.add_argument("--tokens_per_file", type=int, default=2**27)
     parser.add_argument("--overwrite", action="store_true", help="make it again even if it is finished")
+    add_corpus_arguments(parser)
     arguments = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -402,7 +457,7 @@ def main(argv=None):
             raise ValueError("--source takes KIND=LOCATION, for instance --source mine=./texts")
         arguments["sources"] = {kind: location for kind, _, location in pairs}
         arguments["mixture"] = parse_mixture(arguments["mixture"]) if arguments["mixture"] else None
-        manifest = prepare(arguments.pop("output_dir"), **arguments)
+        manifest = _prepare_from_arguments(arguments, parser)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(summary(manifest))

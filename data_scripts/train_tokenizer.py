@@ -1,21 +1,28 @@
 """Train a byte-level BPE tokenizer with DeepSeek-R1's special tokens and chat template.
 
     python -m data_scripts.train_tokenizer --output_dir tokenizer --vocab_size 8192 --source text=./books
+    python -m data_scripts.train_tokenizer --output_dir tokenizer --vocab_size 65536 --corpus data/clean \\
+        --mixture text=60,code=20,multilingual=15,mathematics=5 --max_bytes 200000000
 
 Every text is representable (bytes are the alphabet) and decodes to exactly itself. Before merges are
 learned the text is split as DeepSeek-V3 splits it: digits in groups of up to three, runs of Chinese
 and Japanese script apart, words with the character before them, punctuation, line ends, white space.
 Ids: begin, end and padding first (0, 1, 2) as in R1, then bytes and merges, R1's other tokens last.
+Which part of a corpus is learned from: `tokenizer_corpus.py`. Bytes that are no text: `byte_tokens.py`.
 """
 
 import argparse
 import hashlib
 import json
+import resource
+import time
 from importlib.resources import files
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_scripts.tokenizer_corpus import TEMPERATURE, content_fingerprints, corpus_parts, learned_texts, plan
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 END_OF_TURN = "<|EOT|>"
@@ -26,6 +33,7 @@ MARKS = ("<think>", "</think>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<�
          "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
          "<｜tool▁sep｜>")
 PLACE_HOLDER = "<｜place▁holder▁no▁{}｜>"  # R1's way to fill a vocabulary up
+RECORD = "learned_from.json"  # beside the tokenizer's files
 SMALLEST_VOCAB = 3 + 256 + len(MARKS)
 CHAT_TEMPLATE = files("recipes") / "chat_templates" / "deepseek_r1.jinja"
 
@@ -92,8 +100,27 @@ def fingerprint(tokenizer):
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def main(argv=None):
+def corpus_texts(corpus, mixture, max_bytes, temperature, seed, taken):
+    """Texts of a corpus folder by the mixture; what a kind lacks is said, not made up for by another kind."""
+    parts = corpus_parts(corpus)
+    for kind, counts in plan(parts, mixture, max_bytes, temperature).items():
+        print(f"kind {kind!r}: {counts['wanted']:,} bytes wanted, {counts['available']:,} there: the total is lowered "
+              "so that the mixture holds; add sources, lower its share or --max_bytes")
+    return learned_texts(parts, seed, taken)
+
+
+def given_sources(args):
+    """Texts of the `--source` options, all of each."""
     from data_scripts.sources import BUILT_IN, open_source
+
+    pairs = [entry.partition("=") for entry in args.source or BUILT_IN]
+    return (document.text for kind, _, location in pairs
+            for document in open_source(kind, location or "built-in", seed=args.seed,
+                                        text_column=args.text_column, errors=args.errors))
+
+
+def make_parser():
+    from data_scripts.sources import BUILT_IN
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder to write the tokenizer to")
@@ -101,20 +128,70 @@ def main(argv=None):
     parser.add_argument("--source", action="append", metavar="KIND[=LOCATION]",
                         help=f"what to learn from, repeatable: {', '.join(BUILT_IN)}, or NAME=file, folder or "
                              "Hub data set (default: all built-in kinds)")
+    parser.add_argument("--corpus", help="folder of folders of documents to learn from, instead of --source")
+    parser.add_argument("--mixture", default="text=60,code=20,multilingual=15,mathematics=5",
+                        help="of --corpus, per cent of bytes by kind (default: %(default)s)")
+    parser.add_argument("--max_bytes", type=int, default=200_000_000,
+                        help="of --corpus, learned from at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE,
+                        help="of --corpus: sources of a kind by size ** (1 / temperature) (default: %(default)s)")
     parser.add_argument("--from_folder", help="take this tokenizer unchanged instead of learning one")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--errors", choices=("strict", "skip"), default="strict")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def settings_of(args):
+    """What decides a tokenizer learned from a corpus: kept beside it, so that a finished one is not made again."""
+    return {"vocab_size": args.vocab_size, "mixture": args.mixture, "max_bytes": args.max_bytes,
+            "temperature": args.temperature, "seed": args.seed, "corpus": content_fingerprints(args.corpus)}
+
+
+def learn(args):
+    """The tokenizer that the options ask for, and its record (None unless learned from a corpus)."""
     if args.from_folder:
-        tokenizer = load_tokenizer(args.from_folder)
-    else:
-        pairs = [entry.partition("=") for entry in args.source or BUILT_IN]
-        texts = (document.text for kind, _, location in pairs
-                 for document in open_source(kind, location or "built-in", seed=args.seed,
-                                             text_column=args.text_column, errors=args.errors))
-        tokenizer = train_tokenizer(texts, args.vocab_size, show_progress=True)
+        return load_tokenizer(args.from_folder), None
+    if not args.corpus:
+        return train_tokenizer(given_sources(args), args.vocab_size, show_progress=True), None
+    from data_scripts.prepare_pretraining import parse_mixture
+
+    taken, start = {}, time.perf_counter()
+    texts = corpus_texts(args.corpus, parse_mixture(args.mixture), args.max_bytes, args.temperature, args.seed, taken)
+    tokenizer = train_tokenizer(texts, args.vocab_size, show_progress=True)
+    return tokenizer, {"settings": settings_of(args), "learned_bytes": taken, "bytes": sum(taken.values()),
+                       "seconds": round(time.perf_counter() - start, 1),
+                       "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                       "tokenizer_sha256": fingerprint(tokenizer)}
+
+
+def is_finished(args):
+    """Whether the folder holds the tokenizer that these options give, by its record."""
+    path = Path(args.output_dir) / RECORD
+    if not args.corpus or args.from_folder or not path.is_file():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["settings"] == settings_of(args) and \
+        record["tokenizer_sha256"] == fingerprint(load_tokenizer(args.output_dir))
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.corpus and (args.source or args.from_folder):
+            raise ValueError("--corpus, --source and --from_folder exclude one another; pass one of them")
+        if is_finished(args):
+            print(f"{args.output_dir} is finished: nothing to do")
+            return
+        tokenizer, record = learn(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     tokenizer.save_pretrained(args.output_dir)
+    if record:
+        (Path(args.output_dir) / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        print(f"learned from {record['bytes']:,} bytes of {len(record['learned_bytes'])} sources in "
+              f"{record['seconds']:.0f} s, peak memory {record['peak_megabytes']:,} MB")
     print(f"{args.output_dir}: {len(tokenizer):,} tokens, sha256 {fingerprint(tokenizer)}")
 
 

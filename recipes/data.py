@@ -79,6 +79,11 @@ class PackedTokens(PackedRows):
         super().__init__(total, starts, documents["bytes"], documents["source"], self.manifest["sources"],
                          sequence_length, stride, self.manifest["eos_token_id"])
 
+    @property
+    def curriculum(self):
+        """Whether the order of the documents is meant: easy ones first."""
+        return self.manifest.get("curriculum", "none") != "none"
+
     def _open(self):
         maps = []
         for file in self._files:
@@ -87,7 +92,7 @@ class PackedTokens(PackedRows):
                 found = f"{path.stat().st_size:,} bytes" if path.is_file() else "missing"
                 raise ValueError(f"{path} is {found}, the manifest says {expected:,} bytes: the copy is incomplete; "
                                  "copy it again or rerun data_scripts.prepare_pretraining")
-            maps.append(numpy.memmap(path, self._dtype, "r"))
+            maps.append(numpy.asarray(numpy.memmap(path, self._dtype, "r")))
         return maps
 
     def __getstate__(self):

@@ -11,6 +11,8 @@ int64 tensors:
                         finds the documents by these; there is no attention_mask.
 """
 
+from collections.abc import Sequence
+
 import numpy
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -43,6 +45,19 @@ def make_row(tokens, starts, length, pad_token_id=0):
     position_ids = place - numpy.maximum.accumulate(numpy.where(first, place, 0))
     row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     return {name: torch.from_numpy(values) for name, values in row.items()}
+
+
+class RowBatch(Sequence):
+    """Rows made together: `batch` holds them as (B, S) tensors; as a sequence, they are the rows one by one."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index):
+        return {name: values[index] for name, values in self.batch.items()}
 
 
 class PackedRows(Dataset):
@@ -93,6 +108,24 @@ class PackedRows(Dataset):
         first, last = numpy.searchsorted(self._starts, [begin, end])
         starts = numpy.asarray(self._starts[first:last]) - begin
         return make_row(self.tokens(begin, end), starts, self.sequence_length, self.pad_token_id)
+
+    def __getitems__(self, indices):
+        """The same rows as one by one, made together, which takes a fraction of the time (the DataLoader calls it)."""
+        spans = [self._span(index) for index in indices]
+        if any(end - begin < self.sequence_length for begin, end in spans):
+            return [self[index] for index in indices]  # the padded end of an evaluation
+        input_ids = numpy.empty((len(spans), self.sequence_length), numpy.int64)
+        first = numpy.zeros(input_ids.shape, bool)
+        first[:, 0] = True
+        bounds = numpy.searchsorted(self._starts, numpy.asarray(spans))
+        for row, ((begin, end), (low, high)) in enumerate(zip(spans, bounds)):
+            input_ids[row] = self.tokens(begin, end)
+            first[row, self._starts[low:high] - begin] = True
+        place = numpy.arange(self.sequence_length)
+        starts = numpy.maximum.accumulate(numpy.where(first, place, 0), axis=1)
+        labels = numpy.where(first, IGNORED, input_ids)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": place - starts}
+        return RowBatch({name: torch.from_numpy(values) for name, values in batch.items()})
 
     def sources_of(self, index):
         """(S,) int16: index into `sources` of each token of a row, -1 where the label is -100.
@@ -210,7 +243,10 @@ class PackingCollator:
         self.same_keys = same_keys
 
     def __call__(self, rows):
-        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]).long() for name in rows[0]}
+        if isinstance(rows, RowBatch):
+            batch = dict(rows.batch)
+        else:
+            batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]).long() for name in rows[0]}
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if not self.same_keys and positions is not None and (positions == torch.arange(positions.shape[1])).all():
             del batch["position_ids"]

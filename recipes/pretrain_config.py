@@ -44,6 +44,10 @@ class PretrainConfig(RunSettings, TrainingArguments):
     errors: str = setting("strict", "Unreadable files and lines: strict stops, skip leaves them out and counts them.")
     text_column: str = setting("text", "Column that holds a document's text.")
     sequence_length: int = setting(2048, "Tokens in a packed training row.")
+    shuffle_rows: str = setting(
+        "auto", "Shuffle the rows in each epoch: true, false (the order of the files) or auto: unless packed data "
+        "were made with a curriculum."
+    )  # fmt: skip
     streaming: bool = setting(False, "Read the data set as a stream (needs max_steps or max_train_tokens).")
     validation_fraction: float = setting(0.02, "Share of the documents held out where the data set has no split.")
     max_validation_tokens: int | None = setting(None, "Evaluate on this many held-out tokens at most. Default: all.")
@@ -76,6 +80,7 @@ class PretrainConfig(RunSettings, TrainingArguments):
     def __post_init__(self):
         self.remove_unused_columns = False  # the collator needs the columns that the model does not
         super().__post_init__()
+        self.shuffle_rows = str(self.shuffle_rows).lower()  # YAML reads true and false as such
         self._check_model()
         self._check_numbers()
         self._check_length()
@@ -109,6 +114,7 @@ class PretrainConfig(RunSettings, TrainingArguments):
     def _check_numbers(self):
         rules = (
             ("sequence_length", self.sequence_length >= 8, "at least 8"),
+            ("shuffle_rows", self.shuffle_rows in ("auto", "true", "false"), "auto, true or false"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)"),
             ("label_smoothing_factor", 0 <= self.label_smoothing_factor < 1, "in [0, 1)"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1), e.g. 0.999, or 0 for none"),

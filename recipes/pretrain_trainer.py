@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipes.data import bits_per_byte
 from recipes.expert_loads import ExpertLoadCounter
 from recipes.recipe_trainer import RecipeTrainerMixin, Strided
+from recipes.row_order import RowOrder
 from recipes.sizing import device_peak_flops, flops_per_token
 
 MODEL_INPUTS = ("input_ids", "labels", "position_ids", "attention_mask")
@@ -88,6 +89,16 @@ class PretrainTrainer(RecipeTrainerMixin, Trainer):
             self.model.config.label_smoothing = factor
 
     # -- optimisation
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Whole optimizer steps, the same on any number of processes (`RowOrder`); streams have their own order."""
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if isinstance(dataset, IterableDataset) or args.train_sampling_strategy not in ("random", "sequential"):
+            return super()._get_train_sampler(train_dataset)
+        curriculum = args.shuffle_rows == "auto" and getattr(dataset, "curriculum", False)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        shuffle = args.shuffle_rows != "false" and not curriculum and args.train_sampling_strategy == "random"
+        return RowOrder(len(dataset), args.tokens_per_step // args.sequence_length, seed if shuffle else None)
 
     def count_tokens(self, batch):
         return count_tokens(batch)

@@ -25,7 +25,7 @@ MODEL_BOOKKEEPING = {
     "output_hidden_states", "transformers_version", "use_cache",
 }  # fmt: skip
 TRAJECTORY_FIELDS = (
-    "dataset_name", "text_column", "streaming", "validation_fraction", "sequence_length", "max_length",
+    "dataset_name", "text_column", "streaming", "shuffle_rows", "validation_fraction", "sequence_length", "max_length",
     "packing", "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "label_smoothing_factor", "ema_decay", "bf16", "fp16", "train_sampling_strategy",

