@@ -1,0 +1,127 @@
+"""Code that must parse: real files of the installation pass, spoilt ones and prose do not."""
+
+import inspect
+import json
+import pickle
+import time
+
+import pytest
+
+pytest.importorskip("datatrove")
+pytest.importorskip("tree_sitter")
+
+from datatrove.data import Document
+
+from data_scripts import code_checks, document_folder
+from data_scripts.code_checks import GRAMMARS, CodeParsesFilter, TreeSitter, TrimLicenceHeader
+
+GOOD = {
+    "c": "#include <stdio.h>\nint main(void) {\n  printf(\"%d\\n\", 3);\n  return 0;\n}\n",
+    "cpp": "template <class T> struct Box { T value; explicit Box(T v) : value{v} {} };\n"
+           "auto f = [](int x) { return x; };\n",
+    "go": "package main\n\nfunc add(a, b int) int {\n\treturn a + b\n}\n",
+    "rust": "pub fn add(a: u32, b: u32) -> u32 {\n    let c = a + b;\n    c\n}\n",
+    "javascript": "export const add = (a, b) => { return a + b; };\n",
+    "typescript": "interface Point { x: number; y?: string }\nconst p: Point = { x: 1 };\n",
+    "tsx": "const A = (p: { n: number }) => <div id=\"a\">{p.n}</div>;\n",
+    "java": "class A {\n  private final int x = 3;\n  int twice() { return 2 * x; }\n}\n",
+    "python": "def add(a, b):\n    return a + b\n", "json": '{"a": [1, 2, null]}'}
+PROSE = "This is a sentence, and here's another one: it isn't code at all. " * 4
+
+
+def code(text, language, identifier="d", kind="code"):
+    return Document(text=text, id=identifier, metadata={"kind": kind, "language": language})
+
+
+@pytest.mark.parametrize("language", GOOD)
+def test_good_code_passes_and_prose_and_cut_code_do_not(language):
+    block = pickle.loads(pickle.dumps(CodeParsesFilter()))
+    assert block.filter(code(GOOD[language], language)) is True
+    assert block.filter(code(PROSE, language))[1].startswith(language if language in GRAMMARS else (language,))
+    if language in GRAMMARS:
+        assert TreeSitter().error_share(GOOD[language], language) == 0
+        assert TreeSitter().error_share(PROSE, language) > 0.1
+        assert block.filter(code(GOOD[language].replace("{", "( ; = ] ] ]"), language)) == (False, f"{language}_syntax")
+
+
+def test_the_projects_own_python_and_its_pieces_pass():
+    block = CodeParsesFilter()
+    for module in (code_checks, document_folder, json):
+        text = inspect.getsource(module)
+        assert block.filter(code(text, "Python")) is True
+        assert block.filter(code(text + "\n)", "Python")) == (False, "python_syntax")
+    method = inspect.getsource(document_folder.DocumentWriter.write)
+    assert method.startswith("    def") and block.filter(code(method, "python")) is True
+    deeper = "        x = 1\n    def next_method(self):\n        pass\nclass After:\n    pass\n"
+    assert block.filter(code(deeper, "python")) is True
+    assert block.filter(code("  x = (1\n", "python")) == (False, "python_syntax")
+
+
+def test_functions_below_an_unbalanced_brace_count_as_parsed():
+    functions = "".join(f"int f{n}(int x) {{ return x + {n}; }}\n" for n in range(40))
+    unbalanced = "#ifdef A\nvoid g(void) {\n#else\nvoid h(int y) {\n#endif\n"
+    assert 0 < TreeSitter().error_share(unbalanced + functions, "c") < 0.05
+
+
+def test_headers_of_cpp_named_c_pass_and_are_counted():
+    block = CodeParsesFilter()
+    assert TreeSitter().error_share(GOOD["cpp"], "c") > 0.05
+    assert block.filter(code(GOOD["cpp"], "c")) is True
+    assert "c_is_cpp" in block.stats.stats
+    assert block.filter(code("PROGRAM X\nEND", "fortran")) is True and "no_parser_fortran" in block.stats.stats
+
+
+def test_pieces_of_long_files_may_have_twice_the_errors():
+    clean = "".join(f"int f{n}(int x) {{ return x + {n}; }}\n" for n in range(10))
+    text = clean + ") ) ) ) ) ) ] ] ] ] ] ] ] ]\n" * 2
+    share = TreeSitter().error_share(text, "c")
+    assert 0 < share
+    block = CodeParsesFilter(max_errors=share / 1.5)
+    assert block.filter(code(text, "c")) == (False, "c_syntax")
+    assert block.filter(code(text, "c", "file.c#3")) is True
+
+
+def test_a_parse_that_takes_too_long_is_stopped_and_leaves_no_trace(monkeypatch):
+    trees = TreeSitter()
+    long = GOOD["go"] + "func f() { g(1) }\n" * 5_000
+    assert trees.error_share(long, "go") == 0
+    monkeypatch.setattr(code_checks, "STEPS_PER_BYTE", 0)
+    monkeypatch.setattr(code_checks, "LEAST_STEPS", 5)
+    assert trees.error_share(long, "go") is None
+    assert CodeParsesFilter().filter(code(long, "go")) == (False, "go_too_slow")
+    monkeypatch.undo()
+    assert trees.error_share(GOOD["go"], "go") == 0
+    start = time.process_time()
+    for text in ("(" * 100_000, "{" * 100_000, "a<" * 50_000):
+        CodeParsesFilter().filter(code(text, "cpp"))
+    assert CodeParsesFilter().parse_fault("(" * 100_000, "python").startswith("python_")
+    assert CodeParsesFilter().parse_fault("[" * 100_000, "json").startswith("json_")
+    assert time.process_time() - start < 20
+
+
+def test_generated_and_minified_files_go():
+    block = CodeParsesFilter()
+    generated = code("// Code generated by protoc-gen-go. DO NOT EDIT.\n" + GOOD["go"], "go")
+    assert block.filter(generated) == (False, "generated")
+    assert CodeParsesFilter(generated=True).filter(generated) is True
+    assert block.filter(code("var a=1;" * 500, "javascript")) == (False, "minified_or_data")
+    assert block.filter(code(PROSE, "en", kind="text")) is True
+    with pytest.raises(ValueError, match="max_errors names 'fortran'"):
+        CodeParsesFilter({"fortran": 0.1})
+
+
+LICENCE = "Copyright (c) 2020 Jane Doe. Redistribution is permitted without warranty."
+
+
+@pytest.mark.parametrize("text, wanted", [
+    (f"/* {LICENCE}\n * more */\n\nint x;\n", "int x;\n"), (f"// {LICENCE}\n// more\npackage main\n", "package main\n"),
+    (f"#!/usr/bin/env python\n# {LICENCE}\n#\n\nimport os\n", "#!/usr/bin/env python\nimport os\n"),
+    (f"# {LICENCE}\n#include <a.h>\n", "#include <a.h>\n"), ("/* What this file does. */\nint x;\n", None),
+    (f"int x;\n/* {LICENCE} */\n", None), (f"/* {LICENCE} */\n", None), (f'"""{LICENCE}"""\nimport os\n', None)])
+def test_licence_headers(text, wanted):
+    doc = code(text, "c")
+    counts = TrimLicenceHeader().edit(doc)
+    assert doc.text == (wanted or text)
+    assert counts.get("licence_characters", 0) == len(text) - len(doc.text)
+    prose = code(text, "en", kind="text")
+    assert TrimLicenceHeader().edit(prose) == {} and prose.text == text
