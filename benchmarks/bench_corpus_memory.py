@@ -22,7 +22,7 @@ from data_scripts.train_tokenizer import train_tokenizer
 
 CHILD = """
 import json, resource, sys
-from data_scripts.corpus_packing import prepare_corpus
+from data_scripts.packing.corpus_packing import prepare_corpus
 import transformers.tokenization_utils_tokenizers, tokenizers, zstandard
 folder, corpus, tokenizer, limit = sys.argv[1:]
 data = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024

@@ -16,11 +16,12 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data_scripts import clean_corpus, document_folder, overlap, unit_hashes
-from data_scripts.clean_settings import read_settings
-from data_scripts.decontamination import EvaluationIndex
-from data_scripts.evaluation_sets import task_items
-from data_scripts.near_duplicates import chance_of_meeting
+from data_scripts import clean_corpus, document_folder, overlap
+from data_scripts.cleaning import unit_hashes
+from data_scripts.cleaning.clean_settings import read_settings
+from data_scripts.cleaning.decontamination import EvaluationIndex
+from data_scripts.cleaning.evaluation_sets import task_items
+from data_scripts.cleaning.near_duplicates import chance_of_meeting
 from data_scripts.sources import BUILT_IN
 
 BINS = (0, .3, .5, .6, .7, .8, .9, 1.01)

@@ -87,7 +87,14 @@ def write_random_rows(folder, rows):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from data_scripts.packed_writer import FORMAT, VERSION, SplitWriter, file_sha256, token_dtype, write_manifest
+    from data_scripts.packing.packed_writer import (
+        FORMAT,
+        VERSION,
+        SplitWriter,
+        file_sha256,
+        token_dtype,
+        write_manifest,
+    )
 
     words = {"<s>": 0, "</s>": 1} | {f"w{token}": token for token in range(2, REFERENCE["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(

@@ -30,14 +30,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from data_scripts import packed_writer
-from data_scripts.augment_english import WordNet, WordPairs, find_wordnet
-from data_scripts.augment_protected import operands, other_texts, replaced, user_texts, words_of
-from data_scripts.augment_synonyms import Synonyms
-from data_scripts.augment_syntax import Syntax
-from data_scripts.augment_translation import BackTranslation, check_installed
+from data_scripts.augmentation.augment_english import WordNet, WordPairs, find_wordnet
+from data_scripts.augmentation.augment_protected import operands, other_texts, replaced, user_texts, words_of
+from data_scripts.augmentation.augment_synonyms import Synonyms
+from data_scripts.augmentation.augment_syntax import Syntax
+from data_scripts.augmentation.augment_translation import BackTranslation, check_installed
+from data_scripts.finetuning.sft_sources import problem_side
+from data_scripts.packing import packed_writer
 from data_scripts.row_files import HELD_OUT, read_rows
-from data_scripts.sft_sources import problem_side
 from recipes.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def english_texts(path, english, wordnet):
         yield from wordnet.glosses
     sources = [(text for _, row in read_rows(path) if isinstance(row, dict) for text in other_texts(row, set()))]
     if english:
-        from data_scripts.tokenizer_corpus import corpus_parts, pieces
+        from data_scripts.packing.tokenizer_corpus import corpus_parts, pieces
         sources.append(piece for part in corpus_parts(english) if part.kind == "text" for piece, *_ in pieces(part))
     for source in sources:
         size = 0
@@ -280,7 +280,7 @@ def fingerprint_of(path, rates, seed, english, wordnet, force):
     content = [VERSION, packed_writer.file_sha256(path), rates, seed, force,
                str(wordnet and Path(wordnet).resolve()), None]
     if english:
-        from data_scripts.tokenizer_corpus import content_fingerprints
+        from data_scripts.packing.tokenizer_corpus import content_fingerprints
         content[-1] = content_fingerprints(english)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

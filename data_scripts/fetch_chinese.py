@@ -11,11 +11,11 @@ import html
 import json
 import re
 
-from data_scripts.fetching import Source, decode
-from data_scripts.fetching import main as fetch_main
-from data_scripts.man_text import NotText, man_to_text
-from data_scripts.markup_text import html_to_text
-from data_scripts.packages import members
+from data_scripts.reading.fetching import Source, decode
+from data_scripts.reading.fetching import main as fetch_main
+from data_scripts.reading.man_text import NotText, man_to_text
+from data_scripts.reading.markup_text import html_to_text
+from data_scripts.reading.packages import members
 
 GROUP = 3_000  # characters aimed at where short texts are put together
 IDEOGRAPH = re.compile(r"[\u3400-\u9fff]")

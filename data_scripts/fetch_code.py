@@ -25,9 +25,9 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from data_scripts.fetching import Source, decode
-from data_scripts.fetching import main as fetch_main
-from data_scripts.packages import archive_members, members
+from data_scripts.reading.fetching import Source, decode
+from data_scripts.reading.fetching import main as fetch_main
+from data_scripts.reading.packages import archive_members, members
 from data_scripts.sources import CODE_FILE, CODE_LEFT_OUT, CODE_PIECE, cut_module
 
 LANGUAGE_CHARACTERS = 40_000_000

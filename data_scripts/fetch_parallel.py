@@ -13,12 +13,19 @@ from collections import defaultdict
 from xml.etree import ElementTree
 
 from data_scripts.fetch_chinese import grouped
-from data_scripts.fetching import Source, decode
-from data_scripts.fetching import main as fetch_main
-from data_scripts.man_text import NotText, man_to_text
-from data_scripts.markup_text import html_to_text
-from data_scripts.packages import members
-from data_scripts.parallel_text import NAMES, aligned, line_hashes, mallard_to_text, read_catalogue, untranslated_share
+from data_scripts.reading.fetching import Source, decode
+from data_scripts.reading.fetching import main as fetch_main
+from data_scripts.reading.man_text import NotText, man_to_text
+from data_scripts.reading.markup_text import html_to_text
+from data_scripts.reading.packages import members
+from data_scripts.reading.parallel_text import (
+    NAMES,
+    aligned,
+    line_hashes,
+    mallard_to_text,
+    read_catalogue,
+    untranslated_share,
+)
 
 MOST_ENGLISH = 0.3          # share of a page's long lines that may still be in English
 IN_PAIRS = 4                # of the messages and verses of a language, one group in this many is given in pairs

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy
 import transformers
 
-from data_scripts import packed_writer
-from data_scripts.preference_files import OURS, SPLITS
+from data_scripts.packing import packed_writer
+from data_scripts.preferences.preference_files import OURS, SPLITS
 from recipes.reward_data import read_pair
 from recipes.sft_data import read_splits
 

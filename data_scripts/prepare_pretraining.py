@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy
 from tqdm.auto import tqdm
 
-from data_scripts import overlap, packed_writer
+from data_scripts import overlap
 from data_scripts import sources as source_module
-from data_scripts.mixture import CURRICULA, DEFAULT_EPOCHS, interleave, parse_epochs
+from data_scripts.packing import packed_writer
+from data_scripts.packing.mixture import CURRICULA, DEFAULT_EPOCHS, interleave, parse_epochs
 from data_scripts.train_tokenizer import load_tokenizer, train_tokenizer
 from recipes.encoding import encode_documents
 from recipes.text_files import ReadReport
@@ -401,7 +402,7 @@ def _prepare_from_arguments(arguments, parser):
                              + ("; sources are repeated up to --max_epochs there" if name == "allow_repeats" else ""))
     if not corpus:
         return prepare(folder, **arguments)
-    from data_scripts.corpus_packing import prepare_corpus
+    from data_scripts.packing.corpus_packing import prepare_corpus
 
     preset = SIZES[arguments.pop("size")]
     for name in ("vocab_size", "validation_fraction"):

@@ -20,11 +20,18 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from data_scripts import packed_writer
-from data_scripts.preference_files import OURS, SPLITS, assert_disjoint, read_finished, without_held_out, write_split
+from data_scripts.finetuning.sft_settings import code_version
+from data_scripts.finetuning.sft_sources import to_messages
+from data_scripts.packing import packed_writer
+from data_scripts.preferences.preference_files import (
+    OURS,
+    SPLITS,
+    assert_disjoint,
+    read_finished,
+    without_held_out,
+    write_split,
+)
 from data_scripts.row_files import read_rows
-from data_scripts.sft_settings import code_version
-from data_scripts.sft_sources import to_messages
 from data_scripts.sources import identity
 from recipes.evaluation import parse_task
 from recipes.task_base import split_of

@@ -25,12 +25,12 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from data_scripts import packed_writer
+from data_scripts.finetuning.sft_rows import BUILT_IN, built_in_rows
+from data_scripts.finetuning.sft_settings import SIZES, Settings, with_preset
+from data_scripts.finetuning.sft_sources import RowReport, conversations, parse_columns, problem_side
+from data_scripts.packing import packed_writer
 from data_scripts.prepare_pretraining import parse_mixture
-from data_scripts.sft_rows import BUILT_IN, built_in_rows
-from data_scripts.sft_settings import SIZES, Settings, with_preset
-from data_scripts.sft_sources import RowReport, conversations, parse_columns, problem_side
-from data_scripts.traces import VOICE_SHARES
+from data_scripts.reasoning.traces import VOICE_SHARES
 from recipes.conversations import check_conversation
 from recipes.task_base import split_of
 from recipes.tasks import TASKS

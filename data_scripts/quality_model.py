@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_scripts import packed_writer
-from data_scripts.corpus_blocks import PROSE, DocumentFilter, check_share, kind_of, passages
+from data_scripts.cleaning.corpus_blocks import PROSE, DocumentFilter, check_share, kind_of, passages
 from data_scripts.document_folder import is_document_folder, read_documents, read_folder_manifest
+from data_scripts.packing import packed_writer
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def weakly_labelled(raw, per_source, seed, progress=True):
     """
     from datatrove.data import Document
 
-    from data_scripts.filter_steps import FilterSettings, filter_steps
+    from data_scripts.cleaning.filter_steps import FilterSettings, filter_steps
     folders = [path for path in sorted(Path(raw).iterdir()) if is_document_folder(path)]
     folders = [path for path in folders if read_folder_manifest(path)["kind"] in PROSE]
     if len(folders) < 2:

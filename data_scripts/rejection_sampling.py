@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
-from data_scripts.rejection_rules import CHOICES, REASONS, Rules, refusal, take, whole_text
+from data_scripts.finetuning.rejection_rules import CHOICES, REASONS, Rules, refusal, take, whole_text
+from data_scripts.finetuning.sft_sources import problem_key, problem_side
 from data_scripts.row_files import read_rows
-from data_scripts.sft_sources import problem_key, problem_side
 from recipes.checkpoint_files import hash_file, write_atomically
 from recipes.conversations import as_messages, check_conversation, read_json
 from recipes.evaluation import model_fingerprint, parse_task, read_completions

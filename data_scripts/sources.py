@@ -22,7 +22,7 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
-from data_scripts.worked_mathematics import TASKS, worked_problems
+from data_scripts.reasoning.worked_mathematics import TASKS, worked_problems
 from recipes.text_files import is_local, is_saved_dataset, list_files, read_files, read_hub
 
 CORPUS = Path(__file__).parent / "corpus"

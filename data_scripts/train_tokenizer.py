@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_scripts.tokenizer_corpus import TEMPERATURE, content_fingerprints, corpus_parts, learned_texts, plan
+from data_scripts.packing.tokenizer_corpus import TEMPERATURE, content_fingerprints, corpus_parts, learned_texts, plan
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 END_OF_TURN = "<|EOT|>"

@@ -4,7 +4,7 @@
     Trainer(..., train_dataset=train, eval_dataset=validation, data_collator=PackingCollator())
 
 What a row is stands in `recipes/packed_rows.py`; how files are read in `recipes/text_files.py`; the
-packed format in `data_scripts/packed_writer.py`, which writes it.
+packed format in `data_scripts/packing/packed_writer.py`, which writes it.
 """
 
 import hashlib

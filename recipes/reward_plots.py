@@ -12,7 +12,7 @@ from recipes.report_page import plot
 
 REWARDS_FILE = "held_out_rewards.jsonl"
 UNITS = {"reward": "nats per pair", "process_reward": "nats per step"}  # of the loss, by stage
-RULES = {"unigram": "words alone", "first": "stands first"}  # of data_scripts/preference_baselines.py
+RULES = {"unigram": "words alone", "first": "stands first"}  # of data_scripts/preferences/preference_baselines.py
 SHOWN = 1_000  # points of a scatter plot: each is an element of the page
 
 

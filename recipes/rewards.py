@@ -22,7 +22,7 @@ import json
 import re
 from pathlib import Path
 
-from data_scripts.rejection_rules import repetition, scripts
+from data_scripts.finetuning.rejection_rules import repetition, scripts
 from recipes.chat_format import follows_format
 from recipes.conversations import CLOSE, OPEN
 from recipes.task_base import Problem

@@ -14,9 +14,10 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from data_scripts import clean_blocks, clean_corpus, clean_stages, document_folder
-from data_scripts.clean_settings import CleanSettings, read_settings
-from data_scripts.removal_report import is_finished, table
+from data_scripts import clean_corpus, document_folder
+from data_scripts.cleaning import clean_blocks, clean_stages
+from data_scripts.cleaning.clean_settings import CleanSettings, read_settings
+from data_scripts.cleaning.removal_report import is_finished, table
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "Which of the two rivers that meet near the old mill carries more water in the month of April?"

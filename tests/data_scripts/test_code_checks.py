@@ -12,8 +12,9 @@ pytest.importorskip("tree_sitter")
 
 from datatrove.data import Document
 
-from data_scripts import code_checks, document_folder
-from data_scripts.code_checks import GRAMMARS, CodeParsesFilter, TreeSitter, TrimLicenceHeader
+from data_scripts import document_folder
+from data_scripts.cleaning import code_checks
+from data_scripts.cleaning.code_checks import GRAMMARS, CodeParsesFilter, TreeSitter, TrimLicenceHeader
 
 GOOD = {
     "c": "#include <stdio.h>\nint main(void) {\n  printf(\"%d\\n\", 3);\n  return 0;\n}\n",

@@ -6,8 +6,8 @@ import pytest
 
 from data_scripts import compare_tokenizers as module
 from data_scripts import train_tokenizer as training
-from data_scripts.byte_tokens import byte_alphabet, decode_bytes, encode_bytes
-from data_scripts.tokenizer_corpus import corpus_parts, cut, held_out, learned_texts, pieces, plan
+from data_scripts.packing.byte_tokens import byte_alphabet, decode_bytes, encode_bytes
+from data_scripts.packing.tokenizer_corpus import corpus_parts, cut, held_out, learned_texts, pieces, plan
 from data_scripts.train_tokenizer import EOS, MARKS, train_tokenizer
 
 pytest.importorskip("zstandard")

@@ -9,9 +9,10 @@ import numpy
 import pytest
 from transformers import AutoTokenizer
 
-from data_scripts import corpus_documents, corpus_packing, document_folder, overlap
-from data_scripts.corpus_packing import prepare_corpus
-from data_scripts.packed_writer import KeySet
+from data_scripts import document_folder, overlap
+from data_scripts.packing import corpus_documents, corpus_packing
+from data_scripts.packing.corpus_packing import prepare_corpus
+from data_scripts.packing.packed_writer import KeySet
 from data_scripts.prepare_pretraining import main
 from recipes.data import PackedTokens
 

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("datatrove")
 
 from data_scripts import overlap
-from data_scripts.clean_settings import DecontaminationSettings
-from data_scripts.decontamination import Decontaminate, EvaluationIndex, _word_bounds, cut
-from data_scripts.evaluation_sets import Item, benchmark_items, task_items
+from data_scripts.cleaning.clean_settings import DecontaminationSettings
+from data_scripts.cleaning.decontamination import Decontaminate, EvaluationIndex, _word_bounds, cut
+from data_scripts.cleaning.evaluation_sets import Item, benchmark_items, task_items
 from recipes.task_base import split_of
 from recipes.tasks import TASKS
 

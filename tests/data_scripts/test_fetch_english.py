@@ -7,7 +7,7 @@ import pytest
 from data_scripts import fetch_dictionaries, fetch_english, fetch_manuals
 from data_scripts.build_corpus import PLAYS
 from data_scripts.fetch_dictionaries import clean_entry, dictd_entries, number, synset, together
-from data_scripts.fetching import GENERATED
+from data_scripts.reading.fetching import GENERATED
 from data_scripts.sources import read_corpus
 from recipes import task_packaged
 

@@ -19,11 +19,12 @@ pytest.importorskip("resiliparse", reason="needs the extra `corpus`")
 
 import zstandard
 
-from data_scripts import fetch_files, local_files
+from data_scripts import fetch_files
 from data_scripts.document_folder import DocumentWriter, read_documents, read_folder_manifest
 from data_scripts.fetch_files import FileSource
-from data_scripts.local_files import ChangedWhileRead, FileReader, bounded_lines, json_values, walk
-from data_scripts.text_decoding import decoded_chunks, inspect_stream, pieces
+from data_scripts.reading import local_files
+from data_scripts.reading.local_files import ChangedWhileRead, FileReader, bounded_lines, json_values, walk
+from data_scripts.reading.text_decoding import decoded_chunks, inspect_stream, pieces
 from recipes.text_files import BadInput
 
 CHINESE = "我们的生活充满阳光，经济建设取得了新的成就。北京今天下午天气晴朗。\n"
@@ -159,7 +160,7 @@ def write_long_line(path, megabytes):
 
 LIMITED = """
 import resource, sys
-from data_scripts.local_files import FileReader
+from data_scripts.reading.local_files import FileReader
 from pathlib import Path
 import hashlib, data_scripts.document_folder
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,8 +18,8 @@ pytest.importorskip("resiliparse", reason="needs the extra `corpus`")
 from data_scripts import fetch_chinese, fetch_code, fetch_mathematics, fetch_parallel
 from data_scripts.document_folder import read_documents, read_folder_manifest
 from data_scripts.fetch_code import Sample, cut_at_top_level, is_permissive, refusal
-from data_scripts.packages import Package
-from data_scripts.parallel_text import aligned, line_hashes, mallard_to_text, read_catalogue, untranslated_share
+from data_scripts.reading.packages import Package
+from data_scripts.reading.parallel_text import aligned, line_hashes, mallard_to_text, read_catalogue, untranslated_share
 from recipes.task_puzzles import PUZZLE_TASKS
 
 LONG = "function add(a, b) {\n  return a + b;\n}\n\n" * 10

@@ -10,12 +10,19 @@ pytest.importorskip("datatrove")
 
 from datatrove.data import Document
 
-from data_scripts import private_data, sources
-from data_scripts.entropy_filter import EntropyFilter, compression_ratio, letter_bits
-from data_scripts.filter_steps import STEPS, FilterSettings, filter_steps
-from data_scripts.language_check import LanguageFilter
-from data_scripts.private_data import MaskPrivateData
-from data_scripts.text_filters import BoilerplateFilter, RepairText, RepetitionFilter, ShortTextFilter, repair_mojibake
+from data_scripts import sources
+from data_scripts.cleaning import private_data
+from data_scripts.cleaning.entropy_filter import EntropyFilter, compression_ratio, letter_bits
+from data_scripts.cleaning.filter_steps import STEPS, FilterSettings, filter_steps
+from data_scripts.cleaning.language_check import LanguageFilter
+from data_scripts.cleaning.private_data import MaskPrivateData
+from data_scripts.cleaning.text_filters import (
+    BoilerplateFilter,
+    RepairText,
+    RepetitionFilter,
+    ShortTextFilter,
+    repair_mojibake,
+)
 
 
 def document(text, kind="text", language="en", **metadata):

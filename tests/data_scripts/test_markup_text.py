@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_scripts.man_text import NotText, arguments, man_to_text, unescape
-from data_scripts.markup_text import html_to_text, rst_to_text, vim_help_to_text
+from data_scripts.reading.man_text import NotText, arguments, man_to_text, unescape
+from data_scripts.reading.markup_text import html_to_text, rst_to_text, vim_help_to_text
 
 MAN = r'''.\" a comment
 .de Sp

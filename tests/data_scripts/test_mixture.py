@@ -3,7 +3,7 @@ import random
 import numpy
 import pytest
 
-from data_scripts.mixture import (
+from data_scripts.packing.mixture import (
     allocate,
     describe_short,
     epoch_order,

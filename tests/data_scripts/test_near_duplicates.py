@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from data_scripts import overlap, unit_hashes
-from data_scripts.clean_settings import NearSettings
-from data_scripts.exact_duplicates import equal_pairs
-from data_scripts.near_duplicates import Signatures, chance_of_meeting
+from data_scripts import overlap
+from data_scripts.cleaning import unit_hashes
+from data_scripts.cleaning.clean_settings import NearSettings
+from data_scripts.cleaning.exact_duplicates import equal_pairs
+from data_scripts.cleaning.near_duplicates import Signatures, chance_of_meeting
 
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=6)) for i in range(3_000)]
 
@@ -81,7 +82,7 @@ def test_signatures_of_long_texts_do_not_depend_on_parts(tmp_path, monkeypatch):
     text = " ".join(random.Random(2).choices(WORDS, k=5_000))
     results = []
     for size in (64, 100_000):
-        monkeypatch.setattr("data_scripts.near_duplicates.SHINGLES_AT_ONCE", size)
+        monkeypatch.setattr("data_scripts.cleaning.near_duplicates.SHINGLES_AT_ONCE", size)
         block = Signatures(tmp_path, NearSettings())
         block._places, block._rows, block._document = [], [], type("D", (), {"metadata": {"_index": 0}})
         results.append(block.get_signature(unit_hashes.shingles(text, 5).reshape(-1, 1)))

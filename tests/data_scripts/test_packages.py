@@ -11,10 +11,10 @@ from collections import Counter
 
 import pytest
 
-from data_scripts import fetching, packages
 from data_scripts.document_folder import read_documents, read_folder_manifest
-from data_scripts.fetching import Source, main, make_source
-from data_scripts.packages import PackageError, archive_members, fetch_package, members, parse_file_name
+from data_scripts.reading import fetching, packages
+from data_scripts.reading.fetching import Source, main, make_source
+from data_scripts.reading.packages import PackageError, archive_members, fetch_package, members, parse_file_name
 
 FILES = {"doc/a.txt": b"alpha\n" * 50, "doc/b.html": b"<p>beta", "bin/c": b"\0\1"}
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_scripts import traces_arithmetic, traces_columns
-from data_scripts.preference_baselines import UnigramBayes, accuracy, baselines
-from data_scripts.preference_choices import choice_pairs
-from data_scripts.preference_files import assert_disjoint, prompt_text
-from data_scripts.preference_mistakes import Operations, first_difference, make_mistake, near_number
-from data_scripts.preference_rows import to_pair
-from data_scripts.preference_traces import KINDS, LengthBalance, process_steps
+from data_scripts.preferences.preference_baselines import UnigramBayes, accuracy, baselines
+from data_scripts.preferences.preference_choices import choice_pairs
+from data_scripts.preferences.preference_files import assert_disjoint, prompt_text
+from data_scripts.preferences.preference_mistakes import Operations, first_difference, make_mistake, near_number
+from data_scripts.preferences.preference_rows import to_pair
+from data_scripts.preferences.preference_traces import KINDS, LengthBalance, process_steps
 from data_scripts.prepare_preferences import main, prepare, summary
-from data_scripts.traces import SOLVERS, NoProcedure, solve
+from data_scripts.reasoning import traces_arithmetic, traces_columns
+from data_scripts.reasoning.traces import SOLVERS, NoProcedure, solve
 from recipes.task_base import split_of
 from recipes.tasks import get_task
 

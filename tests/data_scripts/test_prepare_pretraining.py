@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_scripts import packed_writer, prepare_pretraining
+from data_scripts import prepare_pretraining
 from data_scripts.overlap import NgramIndex, digest
-from data_scripts.packed_writer import file_sha256
+from data_scripts.packing import packed_writer
+from data_scripts.packing.packed_writer import file_sha256
 from data_scripts.prepare_pretraining import main, parse_mixture, prepare
 
 WORDS = [f"word{i}" for i in range(5_000)]

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_scripts.dialogues import dialogues
+from data_scripts.finetuning.sft_rows import parse_tasks
+from data_scripts.finetuning.sft_sources import conversations, parse_columns, to_messages, with_blocks
 from data_scripts.prepare_sft import assert_disjoint, main, parse_column_options, prepare, summary
-from data_scripts.sft_rows import parse_tasks
-from data_scripts.sft_sources import conversations, parse_columns, to_messages, with_blocks
-from data_scripts.traces import content
+from data_scripts.reasoning.dialogues import dialogues
+from data_scripts.reasoning.traces import content
 from recipes.conversations import check_conversation, split_reasoning
 from recipes.task_base import Problem, split_of
 from recipes.tasks import get_task

@@ -13,10 +13,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data_scripts import rejection_sampling
+from data_scripts.finetuning.rejection_rules import REASONS, Rules, foreign_share, normalised, refusal, repetition, take
 from data_scripts.prepare_sft import prepare
-from data_scripts.rejection_rules import REASONS, Rules, foreign_share, normalised, refusal, repetition, take
+from data_scripts.reasoning.traces import content, make
 from data_scripts.rejection_sampling import main, run, source_problems, task_problems
-from data_scripts.traces import content, make
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes.conversations import check_conversation
 from recipes.sampling import Completion, SamplingSettings

@@ -9,8 +9,8 @@ import pytest
 import reasoning_gym
 
 from data_scripts import sources
+from data_scripts.reasoning.worked_mathematics import TASKS, worked_problems
 from data_scripts.sources import CORPUS, CorruptedCorpus, cut_module, open_source, read_corpus
-from data_scripts.worked_mathematics import TASKS, worked_problems
 from recipes.task_puzzles import PUZZLE_TASKS
 from recipes.text_files import ReadReport, cut_at_paragraphs, list_files
 

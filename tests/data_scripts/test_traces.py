@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 
-from data_scripts import traces_columns
-from data_scripts.traces import SOLVERS, NoProcedure, WrongTrace, content, make, pick_style, solve
-from data_scripts.traces_base import WRONG, Step, Working, parse_style, put_answer, render, spaced
+from data_scripts.reasoning import traces_columns
+from data_scripts.reasoning.traces import SOLVERS, NoProcedure, WrongTrace, content, make, pick_style, solve
+from data_scripts.reasoning.traces_base import WRONG, Step, Working, parse_style, put_answer, render, spaced
 from recipes.conversations import check_conversation, split_reasoning
 from recipes.task_answers import evaluate_expression
 from recipes.task_base import Problem

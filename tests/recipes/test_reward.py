@@ -21,7 +21,7 @@ from transformers import (
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 from data_scripts.judge_preferences import prepare as judge_pairs
-from data_scripts.preference_baselines import baselines
+from data_scripts.preferences.preference_baselines import baselines
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import reward
 from recipes.logging_callbacks import read_metrics

@@ -1,0 +1,1 @@
+"""Synonyms, back-translation and syntax for `augment`."""

@@ -1,0 +1,1 @@
+"""What `clean_corpus` does to documents: filters, duplicates, evaluation sets."""

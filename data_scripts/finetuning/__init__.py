@@ -1,0 +1,1 @@
+"""Rows of fine-tuning sets: sources, settings, rules."""

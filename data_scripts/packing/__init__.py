@@ -1,0 +1,1 @@
+"""From documents to packed tokens: mixture, order, files."""

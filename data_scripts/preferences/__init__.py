@@ -1,0 +1,1 @@
+"""Pairs for reward models: where they come from and how they are checked."""

@@ -1,0 +1,1 @@
+"""Worked problems: traces of the generated tasks, dialogues about them."""
