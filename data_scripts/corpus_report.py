@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 
-from data_scripts.document_folder import read_documents, read_folder_manifest
+from data_scripts.document_folder import read_documents, read_folder_manifest, source_folders
 from recipes.checkpoint_files import write_atomically
 from recipes.report_page import COLORS, facts_table, figure_svg, page, plt
 
@@ -31,7 +31,7 @@ def read_clean(folder):
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no report.json, which data_scripts.clean_corpus writes last: give the "
                                 "folder it wrote, or run it again")
-    manifests = {p.parent.name: read_folder_manifest(p.parent) for p in sorted(folder.glob("*/manifest.json"))}
+    manifests = {part.name: read_folder_manifest(part) for part in source_folders(folder)}
     order = sorted(manifests, key=lambda name: (list(KIND_COLORS).index(manifests[name]["kind"]), name))
     return {name: manifests[name] for name in order}, json.loads(path.read_text(encoding="utf-8"))
 
@@ -131,7 +131,7 @@ def step_table(report):
         rows.append([step["name"], float(step["seconds"]), total[0], total[0] - total[1],
                      f"{(total[2] - total[3]) / max(total[2], 1):.2%}", sum(part.get("changed", 0) for part in parts),
                      ", ".join(f"{reason} {count:,}" for reason, count in best)])
-    return table(["step", "seconds", "documents", "removed", "characters removed", "changed", "reasons"], rows)
+    return table(["step", "CPU seconds", "documents", "removed", "characters removed", "changed", "reasons"], rows)
 
 
 def removed_by_source(report, manifests):
@@ -171,38 +171,46 @@ def _pre(text):
     return f"<pre>{html.escape(shown)}{'…' if len(text) > len(shown) else ''}</pre>"
 
 
+def _side_by_side(example):
+    line = f"{example['kept']['source']} and {example['removed']['source']}, similarity {example['similarity']:.2f}"
+    cells = "".join(f"<td><p class=note>{side}: {html.escape(example[side]['id'])}</p>{_pre(example[side]['text'])}</td>"
+                    for side in ("kept", "removed"))
+    return f"<details><summary>{html.escape(line)}</summary><table><tr>{cells}</tr></table></details>"
+
+
 def duplicates_part(report):
-    """What was found twice: counts, pairs of sources, and a few near duplicates side by side."""
-    found = report.get("duplicates") or {}
-    near, exact = found.get("near") or {}, found.get("exact") or {}
-    rows = [(f"exact: {name}", f"{value:,}") for name, value in exact.items() if isinstance(value, int)]
-    rows += [(f"near: {name}", f"{value:,}") for name, value in near.items() if isinstance(value, int)]
-    pairs = heapq.nlargest(12, (near.get("pairs_across_sources") or {}).items(), key=lambda item: item[1])
-    rows += [(f"near duplicates between {name.replace('|', ' and ')}", f"{count:,}") for name, count in pairs]
-    body = facts_table(rows) if rows else "<p class=note>No step looked for duplicates.</p>"
-    for example in (near.get("examples") or [])[:6]:
-        texts = example.get("texts", example) if isinstance(example, dict) else example
-        cells = "".join(f"<td>{_pre(str(item.get('text', item) if isinstance(item, dict) else item))}</td>"
-                        for item in texts[:2])
-        body += f"<details><summary>two near duplicates</summary><table><tr>{cells}</tr></table></details>"
+    """What was found twice: counts, pairs of sources, the largest clusters, a few pairs side by side."""
+    rows, examples = [], ""
+    for name in ("exact", "near"):
+        found = (report.get("duplicates") or {}).get(name) or {}
+        if not found:
+            continue
+        rows.append((f"{name}: clusters, documents in them, removed",
+                     ", ".join(f"{found[key]:,}" for key in ("clusters", "documents", "removed"))))
+        pairs = heapq.nlargest(8, found["pairs_across_sources"].items(), key=lambda item: item[1])
+        rows += [(f"{name}: between {pair.replace('|', ' and ')}", f"{count:,}") for pair, count in pairs]
+        within = heapq.nlargest(6, found["pairs_within_sources"].items(), key=lambda item: item[1])
+        rows.append((f"{name}: most within a source", ", ".join(f"{pair} {count:,}" for pair, count in within)))
+        rows += [(f"{name}: a cluster of {cluster['documents']:,}", _shorten(cluster["id"], 110))
+                 for cluster in found["largest"][:3]]
+        examples += "".join(map(_side_by_side, found["examples"][:5]))
+    body = facts_table(rows) + examples if rows else "<p class=note>No step looked for duplicates.</p>"
     return f"<h2>Duplicates</h2><section>{body}</section>"
 
 
 def contamination_part(report):
     """Evaluation sets against the corpus."""
-    found = report.get("decontamination") or {}
-    sets = found.get("sets") or {}
+    sets = (report.get("decontamination") or {}).get("sets") or {}
     if not sets:
         return ""
-    rows = [[name, entry.get("items", 0), entry.get("indexed", ""), entry.get("found", 0), entry.get("documents", 0)]
-            for name, entry in sets.items()]
-    body = table(["evaluation set", "items", "searched for", "found in the corpus", "documents hit"], rows)
-    for example in (found.get("examples") or [])[:12]:
-        parts = {k: v for k, v in example.items() if k not in ("text", "span")}
-        line = _shorten(", ".join(f"{k}: {v}" for k, v in parts.items()), 160)
-        shown = _pre(example.get("span") or example.get("text", ""))
-        body += f"<details><summary>{html.escape(line)}</summary>{shown}</details>"
-    return f"<h2>Evaluation sets</h2><section>{body}</section>"
+    keys = ("items", "findable", "found", "documents_removed", "documents_cut")
+    body = table(["evaluation set", "items", "long enough to be found", "found", "documents removed", "cut"],
+                 [[name, *(entry[key] for key in keys)] for name, entry in sets.items()])
+    for name, entry in sets.items():
+        for example in entry["examples"]:
+            shown = "\n".join(f"{key}: {value}" for key, value in example.items())
+            body += f"<details><summary>found of {html.escape(name)}</summary>{_pre(shown)}</details>"
+    return f"<h2>Evaluation sets kept out</h2><section>{body}</section>"
 
 
 def removed_part(report):
@@ -236,14 +244,14 @@ def samples_part(folder, manifests, per_source=2, seed=0):
 
 def tokenizer_part(path):
     """The table that `data_scripts.compare_tokenizers` wrote."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    names = list(content["tokenizers"])
-    rows = []
-    for group in ("kinds", "languages"):
-        for label in content["tokenizers"][names[0]].get(group, {}):
-            values = [content["tokenizers"][n][group].get(label, {}).get("bytes_per_token", "") for n in names]
-            rows.append([f"{group[:-1]} {label}", *values])
-    return f"<h2>Tokenizers, bytes per token</h2><section>{table(['text', *names], rows)}</section>"
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["tokenizers"]
+    rows = [["mixed", *(entry["mixed"] for entry in found.values())]]
+    for grouping in ("kind", "language"):
+        labels = sorted({label for entry in found.values() for label in entry["bytes_per_token"].get(grouping, {})})
+        rows += [[label, *(entry["bytes_per_token"].get(grouping, {}).get(label, "") for entry in found.values())]
+                 for label in labels]
+    head = ["text", *(f"{name} ({entry['vocab_size']:,})" for name, entry in found.items())]
+    return f"<h2>Tokenizers, bytes per token</h2><section>{table(head, rows)}</section>"
 
 
 def build_page(folder, packed_folder=None, tokenizers=None):

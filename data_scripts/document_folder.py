@@ -22,6 +22,7 @@ FORMAT, VERSION = "documents", 1
 KINDS = ("text", "code", "multilingual", "mathematics")
 SHARD_CHARACTERS = 16_000_000  # of text in a file: small enough to share the work of cleaning out
 LEVEL = 3                      # of Zstandard: faster than what is done to the texts
+BESIDE = ("work", "logs", "removed")  # folders of `clean_corpus` that are no sources
 OURS = re.compile(r"manifest\.json|documents-\d{5}\.jsonl\.zst")
 
 
@@ -86,6 +87,16 @@ def building(folder, **facts):
             raise ValueError(f"source {facts.get('source', folder)!r} gave no documents at all; left out: "
                              f"{writer.facts.get('left_out') or 'nothing'}")
         write_folder_manifest(partial, content, **writer.facts)
+
+
+def source_folders(corpus):
+    """The folders of sources below a folder, sorted; or itself, if it is one. What `clean_corpus` keeps beside them,
+    hidden and empty folders are none; a source without its manifest is one, so that reading it says what is wrong."""
+    corpus = Path(corpus)
+    if is_document_folder(corpus):
+        return [corpus]
+    return [folder for folder in sorted(corpus.iterdir()) if folder.is_dir() and folder.name not in BESIDE
+            and not folder.name.startswith(".") and any(folder.iterdir())]
 
 
 def is_document_folder(folder):

@@ -65,7 +65,7 @@ class Source:
 
 
 def find_sources(corpus):
-    """The sources of a corpus folder by name: its sub-folders of documents, or itself; `removed/` is none of them.
+    """The sources of a corpus folder by name: its sub-folders of documents, or itself.
 
     Raises:
         ValueError: none there, one that is unfinished or changed, two of one name, a manifest without source or kind.
@@ -73,10 +73,7 @@ def find_sources(corpus):
     corpus, sources = Path(corpus), {}
     if not corpus.is_dir():
         raise ValueError(f"corpus={str(corpus)!r} is no folder; make it with python -m data_scripts.clean_corpus")
-    folders = [corpus] if document_folder.is_document_folder(corpus) else [
-        folder for folder in sorted(corpus.iterdir())
-        if folder.is_dir() and folder.name != "removed" and not folder.name.startswith(".") and any(folder.iterdir())]
-    for folder in folders:
+    for folder in document_folder.source_folders(corpus):
         manifest = document_folder.read_folder_manifest(folder)
         name, kind = manifest.get("source"), manifest.get("kind")
         if not name or kind not in document_folder.KINDS:

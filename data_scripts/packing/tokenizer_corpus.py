@@ -49,9 +49,8 @@ def corpus_parts(corpus):
         FileNotFoundError: there is no folder of documents there.
         ValueError: a folder is damaged, or two call their source the same.
     """
-    corpus, is_document_folder = Path(corpus), _document_folder().is_document_folder
-    folders = [corpus] if is_document_folder(corpus) else sorted(p.parent for p in corpus.glob("*/manifest.json")
-                                                                 if is_document_folder(p.parent))
+    corpus = Path(corpus)
+    folders = _document_folder().source_folders(corpus) if corpus.is_dir() else []
     if not folders:
         raise FileNotFoundError(f"no folder of documents below {corpus}: --corpus takes what clean_corpus.py or the "
                                 "fetch_*.py scripts write, one folder a source")
