@@ -261,8 +261,9 @@ def load_pretraining_data(dataset_name, tokenizer, sequence_length, *, streaming
         max_validation_tokens: evaluate on leading whole documents up to about this many. None: all, of a
             stream at most STREAM_VALIDATION_TOKENS.
     Returns:
-        (train, validation, info): info has kind ("packed", "texts" or "stream"), dataset_name, sources,
-        train_tokens (None for a stream), validation_tokens (0 without), checksum (packed folders).
+        (train, validation, info): info has kind ("packed", "texts" or "stream"), dataset_name, sources, kinds
+        ({source: kind}, of a packed corpus), train_tokens (None for a stream), validation_tokens (0 without),
+        checksum (packed folders).
     """
     evaluation = sequence_length - 1
     if is_packed_folder(dataset_name):
@@ -290,5 +291,6 @@ def load_pretraining_data(dataset_name, tokenizer, sequence_length, *, streaming
         kind = "stream" if streaming else "texts"
     return train, validation, {
         "kind": kind, "dataset_name": str(dataset_name), "sources": getattr(train, "sources", ["text"]),
+        "kinds": getattr(train, "manifest", {}).get("kinds", {}),
         "train_tokens": getattr(train, "total_tokens", None), "checksum": _checksum(train),
         "validation_tokens": validation.total_tokens if validation is not None else 0}

@@ -128,7 +128,8 @@ def data_rows(run):
             entry = entry if isinstance(entry, dict) else {"location": entry}
             licence = entry.get("licence") or licences.get(source) or NOT_RECORDED
             label = f"{shown}: {source}" if source else shown
-            location = str(entry.get("location") or manifest.get("locations", {}).get(source) or NOT_RECORDED)
+            found = (manifest.get(key, {}).get(source) for key in ("origins", "locations"))
+            location = str(next(filter(None, (entry.get("location"), *found)), NOT_RECORDED))
             rows.append((label, Path(location).name if Path(location).exists() else location, licence))
     return rows
 

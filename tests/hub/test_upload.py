@@ -141,6 +141,11 @@ def test_card_names_sources_licences_and_command(stages, tmp_path):
     text = build_card(run, "user/x", model_folder=stages / "reward")
     assert "| data: chats | built-in | MIT |" in text and "| data: web | a/b | not recorded |" in text
     assert "python recipes/sft.py --seed 9" in text and "AutoModelForSequenceClassification" in text
+    corpus = {"sources": ["novels", "mine"], "licences": {"novels": "public domain", "mine": "CC0"},
+              "origins": {"novels": "six novels", "mine": ""}, "locations": {"novels": "novels", "mine": "mine"}}
+    (data / "manifest.json").write_text(json.dumps(corpus))
+    text = build_card(run, "user/x", model_folder=stages / "reward")
+    assert "| data: novels | six novels | public domain |" in text and "| data: mine | mine | CC0 |" in text
 
 
 def test_a_card_written_by_hand_stays(hub, copy, trusted):
