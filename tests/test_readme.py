@@ -1,5 +1,6 @@
 """The README's example and walk-throughs do what they say, on smaller sizes."""
 
+import importlib
 import json
 import re
 import runpy
@@ -63,6 +64,18 @@ def workplace(tmp_path, monkeypatch):
         (tmp_path / "my_texts" / f"{number}.txt").write_text(" ".join(words[i] for i in order))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_corpus(workplace):
+    pytest.importorskip("datatrove")
+    for command in commands("corpus"):
+        assert command[:2] == ["python", "-m"]
+        script = importlib.import_module(command[2])
+        small = {"prepare_pretraining": ["--vocab_size", "300"],
+                 "clean_corpus": ["--skip", "decontamination"]}  # which makes 200 problems of every task: 15 s
+        script.main([*command[3:], *small.get(command[2].split(".")[1], [])])
+    assert "Random samples" in (workplace / "data/report.html").read_text()
+    assert json.loads(Path("data/packed/manifest.json").read_text())["licences"] == {"mine": "CC0"}
 
 
 def results(folder):
