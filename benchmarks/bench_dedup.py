@@ -21,12 +21,11 @@ from data_scripts.cleaning import unit_hashes
 from data_scripts.cleaning.clean_settings import read_settings
 from data_scripts.cleaning.decontamination import EvaluationIndex
 from data_scripts.cleaning.evaluation_sets import task_items
+from data_scripts.cleaning.filter_steps import STEPS
 from data_scripts.cleaning.near_duplicates import chance_of_meeting
 from data_scripts.sources import BUILT_IN
 
 BINS = (0, .3, .5, .6, .7, .8, .9, 1.01)
-FILTERS = ["repair", "short", "language", "boilerplate", "repetition", "entropy", "licence_headers", "code", "quality",
-           "private_data"]
 
 
 def real_texts(raw, sources, count, generator):
@@ -100,7 +99,7 @@ def duplicates(texts, work, generator, similarity, workers):
     rows += [(f"template/{number}", text) for number, text in enumerate(hard_negatives(len(texts) // 4, generator,
                                                                                        vocabulary))]
     write_source(work / "raw", "planted", rows)
-    settings = read_settings(None, **{"skip": [*FILTERS, "decontamination"],
+    settings = read_settings(None, **{"skip": [*STEPS, "decontamination"],
                                       "near_duplicates.minimum_similarity": {"text": similarity}})
     report = clean_corpus.clean(work / "raw", work / f"clean-{similarity}", settings, workers)
     removed = {}
@@ -117,7 +116,7 @@ def duplicates(texts, work, generator, similarity, workers):
     right = sum(kept == f"real/{planted[name][2]}" for name, kept in removed.items() if name in planted)
     return {
         "documents": len(rows), "planted": len(planted), "removed": len(removed), "removed_rightly": right,
-        "precision": round(right / len(removed), 4),
+        "precision": round(right / len(removed), 4) if removed else None,
         "templates_removed": sum(name.startswith("template/") for name in removed),
         "real_removed": sum(name.startswith("real/") for name in removed),
         "by_similarity": [{"from": BINS[i], "to": min(1, BINS[i + 1]), "pairs": len(bins[i]),
@@ -167,6 +166,9 @@ def main():
     arguments = parser.parse_args()
     generator = random.Random(0)
     texts = real_texts(arguments.raw, arguments.sources, arguments.documents, generator)
+    if len(texts) < 100:
+        parser.exit(2, f"error: {len(texts)} distinct texts of 150 to 2,000 words found, too few to measure on; name "
+                       "--sources of --raw\n")
     results = {"texts": len(texts), "near": {}}
     settings = read_settings(None, **{"decontamination.tasks_dir": arguments.tasks_dir,
                                       "decontamination.without_packaged": not arguments.tasks_dir}).decontamination

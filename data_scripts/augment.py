@@ -42,7 +42,7 @@ from recipes.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "augmented-rows", 1
+FORMAT, VERSION = "augmented-rows", 2
 OURS = re.compile(r"manifest\.json|(train|test)\.jsonl|original_manifest\.json")
 KINDS = ("synonyms", "back_translation", "syntax")
 CHUNK = 2_000          # rows in memory at a time
@@ -64,9 +64,8 @@ def key_of(row):
 
 
 def is_held_out(row):
-    split = row.get("split") or (row.get("metadata") or {}).get("split") if isinstance(row.get("metadata") or {},
-                                                                                       dict) \
-        else row.get("split")
+    metadata = row.get("metadata")
+    split = row.get("split") or (metadata.get("split") if isinstance(metadata, dict) else None)
     return isinstance(split, str) and bool(HELD_OUT.match(split.lower())) or \
         row.get("task") in TASKS and bool(row.get("key")) and problem_side(row["task"], row["key"]) == "test"
 
@@ -107,6 +106,7 @@ def augmented(row, number, kind, changer, pairs, seed):
         if kind != "syntax" and not any(map(str.isupper, text)):
             reasons.append("no capitals, so that names cannot be told")
             continue
+        changer.greets = turn == 0
         found = changer.variant(text, taboo, rng)
         if found is None:
             reasons += getattr(changer, "reasons", None) or ["nothing to change"]
@@ -167,13 +167,25 @@ def rows_of(path, force):
             raise ValueError(f"{place} is an augmented copy already: take the set that it was made from")
         if not force and is_held_out(row):
             raise ValueError(f"{place} is held out (its split, or the side of its task's problem, is test): an "
-                             f"evaluation "
-                             "must stay as it was written; take the row out, or pass --force")
+                             "evaluation must stay as it was written; take the row out, or pass --force")
         try:
             user_texts(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         yield row
+
+
+def held_out_questions(path):
+    """What the rows of a set for evaluation ask first."""
+    questions = set()
+    for place, row in read_rows(path):
+        if isinstance(row, Exception):
+            raise ValueError(f"{row}; repair the row, or move the file away from the input")
+        try:
+            questions.add(normal(user_texts(row)[0][1]))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return questions
 
 
 @lru_cache(maxsize=1)
@@ -320,7 +332,7 @@ def augment(input, output, *, synonyms=0.0, back_translation=0.0, syntax=0.0, se
         logger.info("%s is finished and intact: nothing to do", output)
         return finished
     beside = path.with_name("test.jsonl")
-    held_out = {normal(user_texts(row)[0][1]) for _, row in read_rows(beside)} if beside.is_file() else set()
+    held_out = held_out_questions(beside) if beside.is_file() else set()
     for _ in rows_of(path, force):  # refusals come before the work
         pass
     prepare_changers(rates, path, english, wordnet)

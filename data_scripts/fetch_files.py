@@ -13,6 +13,7 @@ again only when an input or a setting changed, and the script says which. Hub da
 
 import argparse
 import hashlib
+import os
 import shlex
 import sys
 from collections import Counter
@@ -89,7 +90,7 @@ class FileSource:
             raise ValueError(f"--longest {longest} must be at least 100 characters")
         self.name, self.languages, self.follow_links = name, list(languages), follow_links
         self.settings = {"locations": list(locations), "column": column, "errors": errors, "longest": longest,
-                         "max_characters": max_characters, "follow_links": follow_links}
+                         "max_characters": max_characters, "follow_links": follow_links, "languages": self.languages}
         self.facts = {"source": name, "kind": kind, "licence": licence, "origin": ", ".join(locations)}
         local = [place for place in locations if is_local(place)]
         self.files = [place for place in local if not is_saved_dataset(place)]
@@ -124,10 +125,10 @@ class FileSource:
             reader.examples += report.examples[:10 - len(reader.examples)]
 
     def _documents(self, files, reader, packages, progress):
+        roots = list(dict.fromkeys(root for root, _ in files))
         for root, path in files:
-            inside = path.relative_to(root).as_posix()
-            label = f"{self.settings['locations'].index(str(root)) + 1}/{inside}" if len(self.files) > 1 and \
-                str(root) in self.settings["locations"] else inside
+            inside = os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "replace")
+            label = f"{roots.index(root) + 1}/{inside}" if len(roots) > 1 else inside
             for number, text in reader.read(path):
                 yield f"{label}#{number}", inside, text
             progress.update(1)
@@ -142,7 +143,7 @@ class FileSource:
         given = {**self.facts, "settings": self.settings}
         changes = [f"{key} was {manifest.get(key)!r}, is {value!r}" for key, value in given.items()
                    if manifest.get(key) != value]
-        changes += input_changes(manifest, stamps) if self.files else []
+        changes += input_changes(manifest, stamps) if stamps or self.files else []
         if changes:
             more = f" and {len(changes) - 5:,} more" if len(changes) > 5 else ""
             say(f"{self.name}: made again, since {'; '.join(changes[:5])}{more}")
@@ -154,7 +155,9 @@ class FileSource:
 
         folder, left_out = Path(output_dir) / self.name, Counter()
         files = walk(self.files, left_out, self.follow_links)
-        stamps = _stamps(files)
+        sets = [Path(place) for place in self.sets if is_saved_dataset(place)]
+        of_sets = [(place, path) for place in sets for path in sorted(place.rglob("*")) if path.is_file()]
+        stamps = _stamps(files + of_sets)
         if not overwrite and self.is_finished(folder, stamps, say):
             return read_folder_manifest(folder), False
         reader = FileReader(self.settings["column"], self.settings["errors"], self.settings["longest"])

@@ -90,15 +90,15 @@ class NgramIndex:
         if self._sorted is None:
             self._sorted = numpy.unique(numpy.concatenate([numpy.empty(0, numpy.uint64), *self._hashes]))
 
-    def find(self, text):
-        """Which n-grams added so far the text has, as their ranks (rising, each once)."""
+    def compare(self, text):
+        """(ranks of the n-grams added so far that the text has, rising, each once; how many n-grams it has in all)."""
         self._sort()
-        hashes = self._hash(text)
+        hashes = numpy.unique(self._hash(text))
         if not len(hashes) or not len(self._sorted):
-            return numpy.empty(0, numpy.int64)
+            return numpy.empty(0, numpy.int64), len(hashes)
         places = numpy.minimum(numpy.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
-        return numpy.unique(places[self._sorted[places] == hashes])
+        return places[self._sorted[places] == hashes], len(hashes)
 
     def overlaps(self, text):
         """Whether the text shares an n-gram with any document added so far."""
-        return bool(len(self.find(text)))
+        return bool(len(self.compare(text)[0]))

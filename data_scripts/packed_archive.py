@@ -126,7 +126,10 @@ def _assign_parts(blocks, limit):
     part, used = 1, 0
     for block in blocks:
         size = block["size"] + 1024  # with its header and filling
-        if used and limit and used + size > limit:
+        if limit is not None and size > limit:
+            raise ValueError(f"part_mib leaves {limit / 2**20:.2f} MiB beside the list of {len(blocks):,} blocks that "
+                             f"each part begins with, a block needs {size / 2**20:.2f}: raise it")
+        if used and limit is not None and used + size > limit:
             part, used = part + 1, 0
         block["part"], used = part, used + size
     return part
@@ -137,6 +140,13 @@ def part_names(archive, parts):
     if parts == 1:
         return [archive]
     return [archive.with_name(f"{archive.stem}-{n:05d}-of-{parts:05d}{archive.suffix}") for n in range(1, parts + 1)]
+
+
+def _parts_there(archive):
+    """The file of that name and all parts of it, of any archive."""
+    numbered = re.compile(rf"{re.escape(archive.stem)}-\d{{5}}-of-\d{{5}}{re.escape(archive.suffix)}")
+    return [path for path in sorted(archive.parent.iterdir())
+            if path.is_file() and (path.name == archive.name or numbered.fullmatch(path.name))]
 
 
 def pack(folder, archive, part_mib=None, workers=1, progress=True):
@@ -170,6 +180,8 @@ def pack(folder, archive, part_mib=None, workers=1, progress=True):
                     if block["part"] == number:
                         _member(tar, f"{place:06d}.xz", output.read_bytes())
                         output.unlink()
+        for path in set(_parts_there(archive)) - set(paths):
+            path.unlink()  # else unpacking might find the parts of an earlier archive
         for path in paths:
             (Path(work) / path.name).replace(path)
     return paths
@@ -178,9 +190,7 @@ def pack(folder, archive, part_mib=None, workers=1, progress=True):
 def _read_index(archive):
     """(index, folder of the parts): from the named file, or any part of that name."""
     archive = Path(archive)
-    found = [archive] if archive.is_file() else sorted(
-        p for p in archive.parent.glob(f"{archive.stem}-*{archive.suffix}")
-        if re.fullmatch(rf"{re.escape(archive.stem)}-\d{{5}}-of-\d{{5}}{re.escape(archive.suffix)}", p.name))
+    found = [archive] if archive.is_file() else _parts_there(archive) if archive.parent.is_dir() else []
     if not found:
         raise FileNotFoundError(f"{archive} is no file, and no parts of it ({archive.stem}-00001-of-...) are beside it")
     problems = []
@@ -190,6 +200,9 @@ def _read_index(archive):
                 index = json.loads(tar.extractfile(INDEX).read())
             if (index["format"], index["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {index['format']!r} version {index['version']}")
+            for name in [*index["parts"], *index["files"], *(block["file"] for block in index["blocks"])]:
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"it names {name!r}, which is outside of the folder")
             return index, path.parent
         except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
             problems.append(f"{path.name} ({error})")

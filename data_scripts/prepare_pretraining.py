@@ -107,6 +107,8 @@ def parse_mixture(text):
     mixture = {}
     for part in text.split(","):
         kind, equals, share = part.strip().partition("=")
+        if kind in mixture:
+            raise ValueError(f"mixture {text!r} names {kind!r} twice; give it one share")
         try:
             mixture[kind] = float(share)
         except ValueError:
@@ -265,8 +267,11 @@ def plan_total(settings, encoded):
     return total, short
 
 
-def write_split(settings, encoded, split, total, folder, progress):
-    """Interleave the sources so that every stretch has the mixture, up to `total` tokens; manifest entry."""
+def write_split(settings, encoded, documents, split, total, folder, progress):
+    """Interleave the sources so that every stretch has the mixture, up to `total` tokens; manifest entry.
+
+    `documents` {kind: all that were read}: an epoch, of which `encoded` may hold only the part that is wanted.
+    """
     dtype = next(iter(encoded.values())).dtype
     writer = packed_writer.SplitWriter(folder, split, dtype, settings.shares, settings.tokens_per_file)
     position, written = dict.fromkeys(encoded, 0), 0
@@ -288,7 +293,7 @@ def write_split(settings, encoded, split, total, folder, progress):
                 break
     entry = writer.close()
     for kind in encoded:
-        entry["sources"][kind]["epochs"] = round(position[kind] / len(encoded[kind]), 4)
+        entry["sources"][kind]["epochs"] = round(position[kind] / len(documents[kind]), 4)
     return entry
 
 
@@ -303,12 +308,12 @@ def _build(settings, fingerprint, folder, progress):
 
     encoded = encode(settings, tokenizer, spools, training, "train", settings.max_tokens, work, progress)
     total, short = plan_total(settings, encoded)
-    splits = {"train": write_split(settings, encoded, "train", total, folder, progress)}
+    splits = {"train": write_split(settings, encoded, training, "train", total, folder, progress)}
     if settings.validation_fraction:
         encoded = encode(settings, tokenizer, spools, held_out, "validation", None, work, progress)
         most = min(encoded[kind].tokens() / share for kind, share in settings.shares.items())
         once = dataclasses.replace(settings, allow_repeats=False)  # no document counts twice in an evaluation
-        splits["validation"] = write_split(once, encoded, "validation", most, folder, progress)
+        splits["validation"] = write_split(once, encoded, held_out, "validation", most, folder, progress)
     manifest = {
         "format": packed_writer.FORMAT, "version": packed_writer.VERSION,
         "dtype": "uint16" if len(tokenizer) <= 65_536 else "uint32",
@@ -378,8 +383,9 @@ def summary(manifest):
         lines.append(f"{split}: " + ", ".join(f"{entry[key]:,} {key}" for key in ("tokens", "documents", "bytes")))
         for kind, counts in entry["sources"].items():
             share = 100 * counts["tokens"] / entry["tokens"]
+            rate = counts["bytes"] / max(1, counts["tokens"])  # a source may have no document in a small split
             lines.append(f"  {kind:14} {counts['tokens']:>12,} tokens {share:5.1f} % "
-                         f"{counts['documents']:>9,} documents {counts['bytes'] / counts['tokens']:5.2f} bytes/token "
+                         f"{counts['documents']:>9,} documents {rate:5.2f} bytes/token "
                          f"{counts['epochs']:6.2f} epochs")
     for what, counts in manifest["removed"].items():
         lines.append(f"removed as {what}: " + ", ".join(f"{kind} {count:,}" for kind, count in counts.items()))
@@ -457,6 +463,9 @@ def main(argv=None):
         if any(not (kind and location) for kind, _, location in pairs):
             raise ValueError("--source takes KIND=LOCATION, for instance --source mine=./texts")
         arguments["sources"] = {kind: location for kind, _, location in pairs}
+        if len(arguments["sources"]) < len(pairs):
+            raise ValueError(f"two --source have one name ({', '.join(sorted(kind for kind, _, _ in pairs))}); give "
+                             "each a name of its own, or put the files into one folder")
         arguments["mixture"] = parse_mixture(arguments["mixture"]) if arguments["mixture"] else None
         manifest = _prepare_from_arguments(arguments, parser)
     except (ValueError, OSError) as error:

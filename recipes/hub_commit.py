@@ -5,11 +5,11 @@ the next attempt does not send them again.
 """
 
 import hashlib
+import importlib
 import json
 import re
 import time
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,6 +21,10 @@ from huggingface_hub.errors import (
 )
 
 from recipes.hub_files import is_replaced
+
+# Of the library that huggingface_hub talks with: httpx up to its version 1, httpx2 from 2 on.
+HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+TransportError = importlib.import_module(HTTPError.__module__.partition(".")[0]).TransportError
 
 CARD_START = "<!-- Written by hub_upload.py from the run's files"
 CARD_MARK = CARD_START + "; edited, it is kept. sha256 of the rest: {} -->"
@@ -42,7 +46,7 @@ def is_transient(error):
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             return cause.response is not None and cause.response.status_code in (408, 429, 500, 502, 503, 504)
-        if isinstance(cause, (httpx2.TransportError, ConnectionError, TimeoutError)):
+        if isinstance(cause, (TransportError, ConnectionError, TimeoutError)):
             return not isinstance(cause, OfflineModeIsEnabled)
     return False
 
@@ -84,7 +88,7 @@ def with_retries(function, repo_id, waits=None, say=print):
             return function(attempt)
         except UploadError:
             raise
-        except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
             if attempt == len(waits) or not is_transient(error):
                 raise explain(error, repo_id) from None
             say(f"the connection to the Hub failed ({type(error).__name__}); again in {waits[attempt]} s")

@@ -6,7 +6,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
@@ -14,6 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from modeling_deepseek_r1.checkpoint_files import ADAPTER_PATTERNS, write_manifest
 from recipes.hub_commit import (
+    HTTPError,
     UploadError,
     check_private,
     commit_files,
@@ -58,7 +58,7 @@ class HubPushMixin:
     def init_hf_repo(self, token=None, private=None):
         try:
             super().init_hf_repo(token=token, private=private)
-        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        except (HfHubHTTPError, HTTPError, OSError) as error:
             raise explain(error, self.args.hub_model_id or Path(self.args.output_dir).name) from None
         if self.is_world_process_zero():
             api = hub_api(token or self.args.hub_token)

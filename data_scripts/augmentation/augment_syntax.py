@@ -6,6 +6,8 @@
 | expansion    | the other way round, where it has one reading ("it's been" has two)       |
 | clause       | Tell me if it rains. -> If it rains, tell me.  And back                   |
 | adverbial    | Today, we met. -> We met today.  And back                                 |
+| that         | I think that it works. -> I think it works.  And back                    |
+| particle     | Write down the answer. -> Write the answer down.                          |
 | politeness   | Explain gravity. -> Please explain gravity. / Could you explain gravity?  |
 | greeting     | Hello! ... in front                                                       |
 | instructions | bullet points that do not build on one another, in another order          |
@@ -125,7 +127,8 @@ def _clause(body):
         return None
     front = re.fullmatch(rf"({CONJUNCTIONS}) ([^,]+), ([^,]+)", body, re.IGNORECASE)
     if front:
-        if front[3].split()[0] in ("then", "so") or len(front[2].split()) < 2 or len(front[3].split()) < 2:
+        if front[2].startswith("of ") or front[3].split()[0] in ("then", "so") or \
+                min(len(front[2].split()), len(front[3].split())) < 2:
             return None
         # The clause would belong to a clause before it, or a pronoun would stand before what it means.
         return None if re.search(r"\b(that|which|who|whether)\b|^(it|its|they|their|he|his|she|her|this|these)\b",
@@ -136,9 +139,12 @@ def _clause(body):
                                                             back[3] + " "):
         return None
     # "Tell me when it rains", "Do you know if ...", "even if": the clause is an object or belongs to a word.
-    if re.search(r"\b(tell|know|knows|knew|ask|asks|asked|wonder|see|say|said|decide|check|explain|remember|forget"
-                 r"|sure|even|as|that|which|who|how|why|where|what|whether|just|is|was|are|were|not|n't|time|day|moment|me)$",
+    if re.search(r"\b(tell|know|knows|knew|ask|asks|asked|wonder|see|say|said|decides?|decided|check|explain|remember"
+                 r"|forget|simply|sure|even|as|that|which|who|how|why|where|what|whether|just|is|was|are|were|not|n't|time|day|moment"
+                 r"|me)$",
                  back[1], re.IGNORECASE) or re.search(r"\b(that|whether|know|think|believe|say|said)\b", back[1]):
+        return None
+    if re.search(r"^(Which|And|But|Or|So)\b|\b(like|than)\b", back[1]):
         return None
     main = _lower_first(back[1])
     return main and f"{_upper_first(back[2])} {back[3]}, {main}"
@@ -150,12 +156,13 @@ def clause(text, rng):
 
 def _adverbial(body):
     front = re.fullmatch(rf"({ADVERBIALS}),? ([^,;]+)", body, re.IGNORECASE)
-    if front and not re.search(rf"\b({CONJUNCTIONS}|that|which|and|but|or)\b", front[2]):
+    if front and not re.search(rf"\b({CONJUNCTIONS}|that|which|and|but|or)\b|\b[A-Z]$", front[2]):
         subject = re.match(r"(I|we|you|they|he|she|it|the|there|this|a|an|my|our|your|many|most|some|people)\b",
                            front[2])
         return f"{_upper_first(front[2])} {front[1].lower()}" if subject else None
     back = re.fullmatch(rf"((?:I|We|You|They|He|She|It|The|There|This|My|Our|Your) [^,;]+) ({ADVERBIALS})", body)
-    if back and not re.search(rf"\b({CONJUNCTIONS}|that|which|and|but|or)\b", back[1]):
+    if back and not re.search(rf"\b({CONJUNCTIONS}|that|which|and|but|or)\b"
+                              r"|\b(by|until|till|from|since|of|for|than|as)$", back[1]):
         main = _lower_first(back[1])
         return main and f"{_upper_first(back[2])}, {main}"
     return None
@@ -165,11 +172,49 @@ def adverbial(text, rng):
     return _on_sentences(text, rng, _adverbial)
 
 
+_SAY = "think|thinks|thought|believe|believes|hope|hopes|know|knows|say|says|said|claim|claims|claimed|suppose"
+_SHORT = "I|you|he|she|we|they|it|there"
+_VERB = "is|are|was|were|has|had|have|will|would|can|could|should|might|must|does|did"
+_WITH_THAT = re.compile(rf"\b((?:{_SAY})) that (?=(?:{_SHORT}) (?:{_VERB})\b)", re.IGNORECASE)
+_WITHOUT_THAT = re.compile(rf"\b((?:I|you|he|she|we|they|who) (?:{_SAY})) (?=(?:{_SHORT}) (?:{_VERB})\b)",
+                           re.IGNORECASE)
+_PARTICLE = re.compile(
+    r"\b((?:turn|switch|write|fill|throw|point|figure|pick|cut|look|wipe|clean|shut)(?:s|ed|ing)?) "
+    r"(on|off|up|down|out|away) ((?:the|my|your|his|her|their|this|that) [a-z]{3,})"
+    r"(?=[.?!,]| (?:and|before|after|when)\b)", re.IGNORECASE)
+
+
+def _replaced_once(text, pattern, new, rng):
+    mask = protected(text)
+    places = [match for match in pattern.finditer(text) if _free(mask, *match.span())]
+    if not places:
+        return None
+    match = rng.choice(places)
+    return text[:match.start()] + match.expand(new) + text[match.end():]
+
+
+def that(text, rng):
+    """Leave out or put in the "that" of what is thought or said, before a pronoun and its verb.
+
+    A question about the object keeps it out: "Who do you think he is?"
+    """
+    if re.search(r"\b(who|what|which|where|when|how|why)\b[^.?!]*\?", text, re.IGNORECASE):
+        return None
+    return _replaced_once(text, _WITH_THAT, r"\1 ", rng) or _replaced_once(text, _WITHOUT_THAT, r"\1 that ", rng)
+
+
+def particle(text, rng):
+    if re.search(r"\blook(s|ed|ing)? (on|off|out|away|down)\b", text):  # "look out the window"
+        return None
+    return _replaced_once(text, _PARTICLE, r"\1 \3 \2", rng)
+
+
 def politeness(text, rng):
     """Ask for what the text commands in its first sentence; a question only where nothing stands before its end."""
     first = SENTENCE.match(text)
     word = WORD.match(text)
-    if not first or not word or _ALREADY.search(text) or word[0].lower() not in IMPERATIVES or not word[0].istitle():
+    if not first or not word or _ALREADY.search(text) or word[0].lower() not in IMPERATIVES or not word[0].istitle() \
+            or re.match(r"\W*(of|is|are|was|were)\b", text[word.end():]):  # "List of rivers", "Work is hard"
         return None
     rest = text[0].lower() + text[1:]
     plain = first[0].endswith(".") and _free(protected(text), 0, first.end()) and len(first[0].split()) < 25
@@ -180,7 +225,10 @@ def politeness(text, rng):
 
 
 def greeting(text, rng):
-    if _ALREADY.search(text[:200]) or not text[:1].isalpha():
+    """In front of a question or an order; a greeting before a plain statement reads like a slip."""
+    first, word = SENTENCE.match(text), WORD.match(text)
+    asks = first and first[0].endswith("?") or word and word[0].lower() in IMPERATIVES
+    if not asks or _ALREADY.search(text[:200]) or not text[:1].isalpha():
         return None
     new = rng.choice(GREETINGS)
     return (new if text[0].isupper() else new.lower().replace("!", ",")) + text
@@ -202,19 +250,24 @@ def instructions(text, rng):
     return None
 
 
-SHAPES = {"contraction": contraction, "expansion": expansion, "clause": clause, "adverbial": adverbial,
-          "politeness": politeness}
+SHAPES = {"contraction": contraction, "expansion": expansion, "clause": clause, "adverbial": adverbial, "that": that,
+          "particle": particle, "politeness": politeness}
 WRAPPINGS = {"greeting": greeting}
 WITHOUT_TASK = {"instructions": instructions}
 
 
 class Syntax:
-    """`variant(text, taboo, rng)` -> (text, changes) or None where no rule applies."""
+    """`variant(text, taboo, rng)` -> (text, changes) or None where no rule applies.
+
+    lists: also reorder the bullet points of rules.
+    `greets` (attribute): whether the text opens a conversation.
+    """
 
     kind = "syntax"
     source, licence = "rules of this project", "Apache-2.0"
 
     def __init__(self, lists=True):
+        self.greets = True
         self.rules = {**SHAPES, **(WITHOUT_TASK if lists else {})}
 
     def variant(self, text, taboo, rng):
@@ -224,7 +277,7 @@ class Syntax:
             order = list(rules)
             rng.shuffle(order)
             for rule in order:
-                if rule == "greeting" and rng.random() >= GREETED:
+                if rule == "greeting" and not (self.greets and rng.random() < GREETED):
                     continue
                 new = rules[rule](changed, rng)
                 # Names and operands of all rules are compared, for those that move what they should not.

@@ -1,40 +1,88 @@
 """Back-translation: English -> Spanish -> English by Apertium's rules, and what of it is good enough to keep.
 
-Apertium (Forcada et al., 2011) works offline and translates word for word, so much comes back broken. A sentence is
-kept only if all of this holds, and each refusal is counted by its reason:
+Apertium (Forcada et al., 2011) works offline and translates word for word: of 2,900 sentences of prose that came back,
+one in a hundred could be kept whole. But words that it chose are often good, for it has told noun from verb
+(paraphrases by a pivot language: Bannard and Callison-Burch, 2005). So a sentence stays as it was written, and only
+single words and phrases are taken over, each where it is gone from what came back and its counterpart is new there:
 
-    the numbers, names and decisive words (not, more, first, which ...) are the same in the same order,
-    so are the pronouns and auxiliaries: Spanish turns questions round in other ways,
-    the text has capitals, so that names can be told,
-    every new content word shares a sense of WordNet with a word that went, no compound noun is taken apart,
-    every new pair of neighbours occurs in English at hand, so that "the king wise" does not pass,
-    it still begins as a sentence of its kind (an order stays an order, a question a question),
-    between `LEAST_ALIKE` and all of its words are unchanged.
+    words of `WORDS`, in the same form (plural, past, -ing), read among 17,800 sentences and found good
+    in most places (those of `NEIGHBOURED` only where English at hand has them beside the same neighbours),
+    and the `PHRASES`.
+
+What the translator did not know, lost, added or turned round stays as in the source.
 """
 
-import difflib
 import re
 import shutil
 import subprocess
 
-from data_scripts.augmentation.augment_english import tokens
-from data_scripts.augmentation.augment_protected import DECISIVE, SENTENCE, WORD, difference, names, operands, protected
+from data_scripts.augmentation.augment_english import ADJECTIVE, ADVERB, MET, NOUN, VERB
+from data_scripts.augmentation.augment_protected import SENTENCE, WORD, protected, words_of
+from data_scripts.augmentation.augment_synonyms import apply_edits, word_edits
 
-LEAST_ALIKE = 0.5
-SHORTEST, LONGEST = 5, 30  # words of a sentence
+SHORTEST, LONGEST = 5, 40  # words of a sentence
 BATCH = 2_000              # sentences a process
+
+
+def _pairs(words):
+    return {pos: dict(pair.split(">") for pair in pairs.split()) for pos, pairs in words.items()}
+
+
+WORDS = _pairs({
+    NOUN: "movie>film phone>telephone attorney>lawyer customer>client amount>quantity kingdom>realm manner>way "
+          "path>route outcome>result peak>summit topic>subject exam>examination vacation>holiday supplier>provider "
+          "seller>vendor teenager>adolescent remainder>rest gasoline>petrol freeway>motorway funding>financing "
+          "duration>length assumption>supposition grave>tomb assailant>aggressor purchaser>buyer parcel>package "
+          "noon>midday backpack>rucksack freedom>liberty jail>prison journey>trip ability>capacity staff>personnel "
+          "corporation>company someone>somebody disease>illness decline>decrease supporter>follower",
+    VERB: "start>begin begin>start stay>remain attempt>try retrieve>recover regain>recover prohibit>forbid "
+          "confront>face disclose>reveal dedicate>devote exceed>surpass permit>allow construct>build demonstrate>show "
+          "free>release rebuild>reconstruct vanish>disappear commence>begin utilise>use utilize>use assemble>gather "
+          "assess>evaluate halt>stop pollute>contaminate abduct>kidnap bother>annoy amaze>astound frighten>scare "
+          "wander>roam weep>cry pick>choose gain>obtain",
+    ADJECTIVE: "large>big entire>whole various>several actual>real principal>main mandatory>compulsory huge>enormous "
+               "prohibited>forbidden awful>terrible dreadful>terrible tremendous>enormous frightened>scared "
+               "everyday>daily peculiar>odd largest>biggest strange>odd wealthy>rich notable>remarkable "
+               "outstanding>exceptional meaningful>significant ordinary>normal ongoing>current honest>sincere",
+    ADVERB: "completely>entirely nearly>almost eventually>finally ultimately>finally subsequently>later "
+            "normally>usually primarily>mainly principally>mainly approximately>roughly rarely>seldom hence>thus "
+            "rapidly>quickly wholly>entirely exceedingly>extremely incorrectly>wrongly intentionally>deliberately "
+            "luckily>fortunately maybe>perhaps barely>hardly commonly>generally "
+            "formerly>previously allegedly>supposedly"})
+NEIGHBOURED = _pairs({
+    NOUN: "home>house team>squad award>prize stage>phase theme>subject feature>characteristic concern>worry "
+          "response>reply reply>response shape>form chance>opportunity",
+    VERB: "believe>think struggle>fight talk>speak encourage>boost find>discover",
+    ADJECTIVE: "major>important", ADVERB: "straight>directly"})
+_PARTICIPLES = {"begun", "forbidden", "shown", "chosen"}  # of a form in -ed that is both
+_PASTS = {"began", "forbade", "showed", "chose"}
+_AUXILIARIES = frozenset("have has had having be is are was were been being".split())
+_NUMBER = r"(?= (?:a |some )?(?:\d|two|three|four|five|six|seven|eight|nine|ten|half|hundred|thousand|million))"
+_THE = r"(?:the|a|an|his|her|its|their|our|my|your|this|these)\b"
+_HE = r"(?:the|a|an|his|her|their|he|she|it|they|I|we|you|there)\b"
+_MUST = (r"must(?= (?!(?:have|not|also|the|a|an|I|you|he|she|it|we|they|this|that|always|never|first|then|be able)\b)"
+         r"[a-z])")
+_MANY = r"(?<!how )(?<!so )(?<!as )(?<!too )(?<!very )(?<!not )(?<!the )(?<!of )(?<!his )(?<!her )(?<!its )(?<!their )"
+PHRASES = [(re.compile(rf"\b{old}", re.IGNORECASE), new) for old, new in (
+    (r"however(?=, )", "even so"), (r"despite(?= \w)", "in spite of"), (rf"due to(?= {_THE})", "because of"),
+    (r"such as(?= \w)", "like"), (_MUST, "has to"), (_MUST, "have to"), (r"indeed(?=, )", "in fact"),
+    (r"moreover(?=, )", "besides"), (r"additionally(?=, )", "besides"),
+    (rf"(?<!even )(?<!as )though(?= {_HE})", "although"), (r"currently(?=, )", "at present"),
+    (r"find out(?= \w)", "discover"), (r"finds out(?= \w)", "discovers"), (r"found out(?= \w)", "discovered"),
+    (r"in order to(?= \w)", "to"),
+    (rf"about{_NUMBER}", "roughly"), (r"along with(?= \w)", "together with"), (r"persons", "people"),
+    (r"offspring", "descendants"), (rf"most of(?= {_THE})", "the majority of"),
+    (rf"{_MANY}many(?= (?:people|men|women|children|[a-z]+[^s']s)\b)", "a lot of"),
+    (r"(?<!almost )(?<!nearly )(?<!not )(?<!each and )every(?= (?:day|week|month|year|night|morning|time|season|game|"
+     r"member|person|country|state|city|episode|player|student|child|man|woman|word|part)\b)", "each"),
+    (rf"(?<=know )whether(?= {_HE}(?!.* or\b))|(?<=decide )whether(?= {_HE}(?!.* or\b))", "if"),
+    (r"it's(?= (?!been|got|had)[a-z])", "it is"), (r"that's(?= (?!been|got|had)[a-z])", "that is"),
+    (r"I'm(?= [a-z])", "I am"), (r"we're(?= [a-z])", "we are"), (r"won't(?= (?!you|I|we|they|it)[a-z])", "will not"),
+    (r"I've(?= [a-z])", "I have"), (r"we've(?= [a-z])", "we have"), (r"they're(?= [a-z])", "they are"),
+    (r"you're(?= [a-z])", "you are"), (r"don't(?= (?!you|I|we|they)[a-z])", "do not"))]
 _GUARD = "\n\n"            # Apertium takes an empty line for a new block: sentences stay apart
-_FUNCTION = frozenset("a an the of in on at to for from by with about into and or but that this these those it its "
-                      "is are was "
-                      "were be been do does did have has had i you he she we they me him her us them my your his our "
-                      "their there as than so will would can could shall should may might must".split())
-
-
-_EXCHANGEABLE = frozenset("of in on at about by the".split())
-COMMON = 0.1  # a new pair of neighbours must be met at least so often as the pair in its place
-_FRAME = frozenset("i you he she it we they me him her us them am is are was were be been being do does did have has "
-                   "had will "
-                   "would can could shall should may might must there".split())
+_COMMON = frozenset("about along also am are as do due every fact find found has have in indeed is it like majority "
+                    "many most must of order out so such that the they to together we with you".split())
 
 
 class ApertiumMissing(ValueError):
@@ -74,26 +122,29 @@ def there_and_back(sentences):
 
 
 def translatable(text):
-    """The sentences that may be sent, as (start, end): whole ones without anything protected, or numbers alone."""
+    """The sentences that are worth sending, as (start, end): printable, of some length, not all of it protected."""
     mask, found = protected(text), []
     for match in SENTENCE.finditer(text):
         body = match[0].strip()
         start = match.start() + match[0].index(body) if body else 0
         words = len(WORD.findall(body))
-        if SHORTEST <= words <= LONGEST and body[-1] in ".?!" and not any(mask[start:start + len(body)]):
+        if SHORTEST <= words <= LONGEST and body.isprintable() and not all(mask[start:start + len(body)]):
             found.append((start, start + len(body)))
     return found
 
 
-def _decisive(words):
-    return ["what" if word == "which" else word for word in words if word in DECISIVE]
+def wrong_form(word, other, words):
+    """Whether a past stands for a participle or the other way round: "started" is both, "begun" is not."""
+    before = words[max(0, words.index(word) - 2):words.index(word)]
+    perfect = bool(_AUXILIARIES & set(before))
+    return other in _PARTICIPLES and not perfect or other in _PASTS and perfect
 
 
 class BackTranslation:
     """`variant(text, taboo, rng)` -> (text, changes) or None; `prepare(texts)` sends what they need in batches first.
 
     Attributes:
-        refused: {reason: count} of sentences that came back.
+        reasons: why the last text's sentences stayed as they were.
     """
 
     kind = "back_translation"
@@ -101,7 +152,7 @@ class BackTranslation:
 
     def __init__(self, wordnet, pairs):
         check_installed()
-        self.wordnet, self.pairs, self.translations = wordnet, pairs, {}
+        self.wordnet, self.pairs, self.translations, self._known = wordnet, pairs, {}, {}
 
     def prepare(self, texts):
         """Translate the sentences of these texts, in few processes; forget those of the call before."""
@@ -111,78 +162,41 @@ class BackTranslation:
             batch = wanted[first:first + BATCH]
             self.translations.update(zip(batch, there_and_back(batch)))
 
-    def refusal(self, before, after, taboo=frozenset()):
-        """Why a translation is not good enough, or None."""
-        if after is None or not after.strip() or "  " in after or re.search(r"[*#@\\]|\s[.,?!]", after):
-            return "words lost or unknown"
-        if after.lower() == before.lower():
-            return "unchanged"
-        old, new = [list(map(str.lower, WORD.findall(text))) for text in (before, after)]
-        if operands(before) != operands(after) or names(before) != names(after):
-            return "numbers or names changed"
-        if _decisive(old) != _decisive(new) or before[-1] != after[-1]:
-            return "decisive words changed"
-        if [w for w in old if w in _FRAME] != [w for w in new if w in _FRAME]:
-            return "pronouns or auxiliaries changed"
-        if [w for w in old if w in taboo and w not in _FUNCTION] != [w for w in new if w in taboo
-                                                                     and w not in _FUNCTION]:
-            return "a word of the answer changed or moved"
-        if old[0] != new[0]:
-            return "begins in another way"
-        if len(old) - len(new) > 1 or len(new) - len(old) > 2 or \
-                difflib.SequenceMatcher(None, old, new).ratio() < LEAST_ALIKE:
-            return "too different"
-        gone, come = [w for w in old if w not in new], [w for w in new if w not in old]
-        return self._meaning(gone, come) or self._fluency(before, after)
+    def counterpart(self, old, new):
+        """How often the pairs of a word that came back must be met to stand for one that went; None: it may not."""
+        if (old, new) not in self._known:
+            forms = [(lemma, other, pos) for lemma, *form in self.wordnet.forms(old) for pos in form[:1]
+                     for other, *its_form in self.wordnet.forms(new) if form == its_form]
+            self._known[old, new] = next((least for table, least in ((WORDS, 0), (NEIGHBOURED, MET))
+                                          if table[ADJECTIVE].get(old) == new
+                                          or any(table[pos].get(a) == b for a, b, pos in forms)), None)
+        return self._known[old, new]
 
-    def _share_sense(self, first, second):
-        """Whether two words have a sense in common, and a part of speech with the same ending."""
-        forms = [{(pos, ending) for _, pos, ending in self.wordnet.analyses(word)} for word in (first, second)]
-        return bool(forms[0] & forms[1] and self.wordnet.related(first) & self.wordnet.related(second))
-
-    def _meaning(self, gone, come):
-        if (set(gone) | set(come)) & _FUNCTION - _EXCHANGEABLE:
-            return "grammar words changed"
-        gone = [word for word in gone if word not in _FUNCTION]
-        come = [word for word in come if word not in _FUNCTION]
-        if len(gone) != len(come):
-            return "a content word lost or added"
-        related = all(any(self._share_sense(new, old) for old in gone) for new in come) and \
-            all(any(self._share_sense(new, old) for new in come) for old in gone)
-        return None if related else "another meaning"
-
-    def _fluency(self, before, after):
-        old, new = tokens(before), tokens(after)
-        known = set(zip(old, old[1:]))
-        fresh = [pair for pair in zip([".", *new], new) if pair not in known and pair[0] != pair[1]]
-        now = set(zip(new, new[1:]))
-        capitals = {word.lower() for word in names(before)}
-        broken = any((a, b) not in now and not {a, b} & _FUNCTION and
-                     (f"{a}_{b}" in self.wordnet.senses["noun"] or capitals & {a, b}) for a, b in known)
-        rarer = len(old) == len(new) and any(
-            self.pairs.pairs[f"{c} {d}"] < COMMON * self.pairs.pairs[f"{a} {b}"]
-            for a, b, c, d in zip(old, old[1:], new, new[1:]) if (a, b) != (c, d))
-        repeated = broken or any(a == b for a, b in zip(new, new[1:]))
-        # "american the citizens": an article in the middle of a noun phrase
-        inserted = any(b == "the" and a not in _FUNCTION and (a, b) not in known for a, b in zip(new, new[1:]))
-        articles = inserted or any(a in ("a", "an") and (b[0] in "aeiou") != (a == "an") and (a, b) not in known
-                       for a, b in zip(new, new[1:]))
-        if repeated or articles or rarer or not all(self.pairs.attested(a, b, 2) for a, b in fresh if (a,
-                                                                                                       b) != (".",
-                                                                                                              new[0])):
-            return "word pairs not met in English"
-        return None
+    def replacements(self, before, after):
+        """{word that went: [(word that came in its place, how often its pairs must be met)]}, lower case."""
+        old, new = ([word.lower() for word in WORD.findall(text)] for text in (before, after))
+        come, found = [word for word in dict.fromkeys(new) if word not in old], {}
+        for word in old:
+            if word not in new and old.count(word) == 1:
+                found[word] = [(other, least) for other in come if (least := self.counterpart(word, other)) is not None
+                               and not wrong_form(word, other, old)]
+        return {word: others for word, others in found.items() if others}
 
     def variant(self, text, taboo, rng):
-        pieces, changes, end, reasons = [], [], 0, []
-        for start, stop in translatable(text):
-            before = text[start:stop]
-            after = self.translations[before]
-            reason = self.refusal(before, after, taboo)
-            reasons.append(reason)
-            if reason is None:
-                pieces += [text[end:start], after]
-                end = stop
-                changes.append({"rule": "eng-spa-eng", **difference(before, after)})
-        self.reasons = reasons or ["no free sentence"]
-        return ("".join(pieces) + text[end:], changes) if changes else None
+        mask, words, edits, self.reasons = protected(text), {}, [], []
+        for start, end in translatable(text):
+            before, after = text[start:end], self.translations[text[start:end]] or ""
+            found = self.replacements(before, after)
+            words.update((start + match.start(), found[word]) for match in WORD.finditer(before)
+                         if (word := match[0].lower()) in found)
+            phrases = [(start + match.start(), start + match.end(), new) for phrase, new in PHRASES
+                       for match in phrase.finditer(before) if not any(mask[start + match.start():start + match.end()])
+                       and not taboo & words_of(match[0] + " " + new) - _COMMON
+                       and match[0].lower() not in after.lower() and re.search(rf"\b{new}\b", after, re.IGNORECASE)]
+            edits += phrases
+            self.reasons.append("lost on its way" if not after else "no better known counterpart came back"
+                                if not found and not phrases else "the counterpart does not stand well there")
+        self.reasons = self.reasons or ["no sentence to translate"]
+        edits += word_edits(text, taboo, self.wordnet, self.pairs, lambda match: words.get(match.start(), ()))
+        found = apply_edits(text, edits, rng)
+        return found and (found[0], [{"rule": "eng-spa-eng", **change} for change in found[1]])

@@ -110,9 +110,16 @@ class ShardReader(PipelineStep):
         if self.folder and not path.exists():  # all of the shard was removed
             return
         for index, line in enumerate(read_lines(path)):
-            row = json.loads(line)
-            yield Document(row["text"], row["id"], metadata={
-                **row["metadata"], "kind": shard.kind, "languages": list(shard.languages), "source": shard.source,
+            try:
+                row = json.loads(line)
+                text, identifier, metadata = row["text"], row["id"], dict(row["metadata"])
+                if not isinstance(text, str) or not isinstance(identifier, str):
+                    raise ValueError("text and id must be strings")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: line {index + 1} is no document ({type(error).__name__}: {error}); expected "
+                                 'an object with "text", "id" and "metadata"') from error
+            yield Document(text, identifier, metadata={
+                **metadata, "kind": shard.kind, "languages": list(shard.languages), "source": shard.source,
                 "_index": index})
 
 
@@ -218,6 +225,7 @@ class ShardWriter(PipelineStep):
     def run(self, data, rank=0, world_size=1):
         shard = self.shards[rank]
         path = self.folder / shard.source / shard.name
+        facts_path(path, "facts.json").unlink(missing_ok=True)  # else they would vouch for what a killed task leaves
         file, counts, languages, digests, ids = LineFile(path), Counter(), Counter(), [], []
         for document in data:
             file.write(document)

@@ -81,7 +81,7 @@ class CleanSettings:
             raise ValueError(f"near_duplicates names the kinds {sorted(strangers)}; known are {', '.join(KINDS)}")
         near.minimum_similarity = NearSettings().minimum_similarity | near.minimum_similarity
         for kind, value in near.minimum_similarity.items():
-            if not 0 <= value <= 1:
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"near_duplicates.minimum_similarity of {kind} is {value!r}; it must lie in [0, 1]")
         if last.action not in ("drop", "cut"):
             raise ValueError(f"decontamination.action={last.action!r} must be 'drop' or 'cut'")
@@ -96,9 +96,23 @@ def fingerprint(*parts):
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def _build(kind, values, place):
+def _names_with_values(values, place):
     if not isinstance(values, dict):
         raise ValueError(f"{place} is a {type(values).__name__}, expected names with values")
+    return values
+
+
+def _is_of(value, kinds):
+    """Whether a value of YAML can stand for a field's type: a whole number for a float, a list for a tuple."""
+    if isinstance(value, bool):
+        return isinstance(True, kinds) and kinds is not int
+    return isinstance(value, kinds) or any(isinstance(value, other) and isinstance(made, kinds)
+                                           for other, made in ((int, 0.0), (list, ())))
+
+
+def build(kind, values, place):
+    """A dataclass of settings from a dict; ValueError for an unknown name or a value of another type."""
+    _names_with_values(values, place)
     fields = {entry.name: entry for entry in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
@@ -106,8 +120,13 @@ def _build(kind, values, place):
             raise ValueError(f"{place}: unknown setting {name!r}" + f" (did you mean {close[0]!r}?)" * bool(close)
                              + f"; known are {', '.join(fields)}")
     nested = {"near_duplicates": NearSettings, "decontamination": DecontaminationSettings}
-    return kind(**{name: _build(nested[name], value, f"{place}: {name}") if kind is CleanSettings and name in nested
-                   else value for name, value in values.items()})
+    values = {name: build(nested[name], value, f"{place}: {name}") if name in nested else value
+              for name, value in values.items()}
+    for name, value in values.items():
+        wanted = fields[name].type
+        if not _is_of(value, wanted):
+            raise ValueError(f"{place}: {name}={value!r} must be of type {getattr(wanted, '__name__', wanted)}")
+    return kind(**values)
 
 
 def read_settings(path=None, **overrides):
@@ -127,8 +146,8 @@ def read_settings(path=None, **overrides):
     for name, value in overrides.items():
         if value is not None:
             *outer, last = name.split(".")
-            target = values
+            target = _names_with_values(values, path)
             for part in outer:
-                target = target.setdefault(part, {})
+                target = _names_with_values(target.setdefault(part, {}), f"{path}: {part}")
             target[last] = value
-    return _build(CleanSettings, values, str(path) if path else "settings")
+    return build(CleanSettings, values, str(path) if path else "settings")

@@ -36,9 +36,9 @@ def kind_of(document):
 
 
 def check_share(name, value, low=0.0, high=1.0):
-    """Raise ValueError unless a setting lies in [low, high]."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} must lie in [{low:g}, {high:g}]")
+    """Raise ValueError unless a setting is a number in [low, high]."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must lie in [{low:g}, {high:g}]")
 
 
 def passages(text, size=SAMPLE, number=SAMPLES):

@@ -33,6 +33,7 @@ ANSWER_WITHIN = 12
 LEAST_WORDS, LEAST_QUESTION = 4, 3
 LEAST_LEFT = 200  # characters: a document from which more is cut is dropped
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _TABLE = 24       # bits of a hash that a first look-up takes
 
 
@@ -45,14 +46,23 @@ class Match(NamedTuple):
     length: int
 
 
+def _plain(text):
+    """Text without marks that do not show (soft hyphens, zero-width spaces), "ß" as "ss": what "STRASSE" gives too."""
+    return text if text.isascii() else _INVISIBLE.sub("", text).casefold()
+
+
+def _units(text):
+    return overlap.units(_plain(text))
+
+
 def _unit_places(text):
-    """[(begin, end)] in `text` of each word, and of each CJK character, as `overlap.units` counts them."""
+    """[(begin, end)] in `text` of each word, and of each CJK character, as `_units` counts them."""
     pieces, origins, start = [], [], 0
     while start < len(text):
         end = start + 1
         while end < len(text) and unicodedata.combining(text[end]):
             end += 1
-        piece = unicodedata.normalize("NFKC", text[start:end]).lower()
+        piece = unicodedata.normalize("NFKC", _plain(text[start:end])).lower()
         pieces.append(piece)
         origins += [(start, end)] * len(piece)
         start = end
@@ -63,7 +73,7 @@ def _unit_places(text):
 
 def _word_bounds(text, matches):
     """Merged (begin, end) of the matches in the text; the whole text where its units cannot be placed."""
-    places, units = _unit_places(text), overlap.units(text)
+    places, units = _unit_places(text), _units(text)
     if any(len(found) != len(counted) for found, counted in zip(places, units)):
         return [(0, len(text))]
     bounds = []
@@ -111,7 +121,7 @@ class EvaluationIndex:
             for item in items:
                 number = len(listed)
                 listed.append({"set": item.set, "id": item.id, "text": item.parts[0][:EXAMPLE_CHARACTERS] if item.parts
-                               else "", "answer": overlap.units(item.answer)[0]})
+                               else "", "answer": _units(item.answer)[0]})
                 for group, hashes in _item_runs(item, settings).items():
                     own[group].append(numpy.stack([hashes, numpy.full(len(hashes), number, numpy.uint64)], 1))
             findable, common = set(), 0
@@ -151,7 +161,7 @@ class EvaluationIndex:
 
     def find(self, text):
         """Every `Match` of an item in the text."""
-        found, units = [], overlap.units(text)
+        found, units = [], _units(text)
         for characters in (0, 1):
             runs = unit_hashes.run_hashes(unit_hashes.unit_values(units[characters]), self.lengths[characters])
             for length, hashes in runs.items():
@@ -184,7 +194,7 @@ def _item_runs(item, settings):
     """{(characters?, length of run, only with the answer?): distinct hashes} of an item."""
     found = defaultdict(list)
     for part in item.parts:
-        for characters, units in enumerate(overlap.units(part)):
+        for characters, units in enumerate(_units(part)):
             full = (overlap.WORDS, overlap.CHARACTERS)[characters]
             shortest = (settings.shortest_words, settings.shortest_characters)[characters]
             values = unit_hashes.unit_values(units)
@@ -202,7 +212,7 @@ def _item_runs(item, settings):
 
 
 def _worth_with_answer(words, answer):
-    answer = overlap.units(answer)[0]
+    answer = _units(answer)[0]
     return answer and len(words) >= LEAST_QUESTION and _tells(words + answer)
 
 
@@ -247,7 +257,7 @@ class Decontaminate(BaseFilter):
     def _side(self, document):
         """(task, "train" or "test") of a generated document, by its key; (None, None) of any other."""
         task, key = document.metadata.get("task"), document.metadata.get("key")
-        if task not in TASKS or not key:
+        if not isinstance(task, str) or task not in TASKS or not key:
             return None, None
         from recipes.task_base import split_of
 

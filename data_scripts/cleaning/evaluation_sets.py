@@ -64,7 +64,7 @@ def task_items(settings):
     return found
 
 
-def _locate(location):
+def locate(location):
     """(file or None, Hub name, configuration, split, column) of NAME[:config[:split[:column]]]."""
     parts = str(location).split(":")
     if Path(parts[0]).expanduser().exists():
@@ -77,7 +77,7 @@ def _locate(location):
 
 
 def _rows(location):
-    path, name, configuration, split, _ = _locate(location)
+    path, name, configuration, split, _ = locate(location)
     if path is not None:
         if path.is_dir() or not path.name.lower().endswith(ENDINGS):
             raise ValueError(f"benchmark {location!r}: {path} must be a file that ends in {', '.join(ENDINGS)}")
@@ -109,7 +109,7 @@ def benchmark_items(location):
     Raises:
         ValueError: an unreadable location, a bad row, or no column that is known, naming those present.
     """
-    path, column, items = _locate(location)[0], _locate(location)[-1], []
+    path, column, items = locate(location)[0], locate(location)[-1], []
     for number, (place, row) in enumerate(_rows(location)):
         if isinstance(row, BadInput):
             raise ValueError(f"benchmark {location!r}: {row}")

@@ -68,7 +68,7 @@ def save_decisions(pairs, shards, documents_folder, folder):
     sources = numpy.array([shard.source for shard in shards])
     if len(pairs):
         for name, kept in zip(sources[pairs["rank"]].tolist(), sources[pairs["kept_rank"]].tolist()):
-            across["|".join(sorted((name, kept)))] += 1
+            across[tuple(sorted((name, kept)))] += 1
     kept = numpy.stack([pairs["kept_rank"], pairs["kept_index"]], 1)
     groups, sizes = numpy.unique(kept, axis=0, return_counts=True)
     largest = numpy.argsort(-sizes, kind="stable")[:10]
@@ -76,10 +76,8 @@ def save_decisions(pairs, shards, documents_folder, folder):
         "clusters": len(groups), "documents": len(groups) + len(pairs), "removed": len(pairs),
         "largest": [{"documents": int(sizes[i]) + 1, "source": shards[groups[i][0]].source,
                      "id": kept_ids[tuple(groups[i].tolist())]} for i in largest],
-        "pairs_across_sources": {name: count for name, count in sorted(across.items())
-                                 if len(set(name.split("|"))) == 2},
-        "pairs_within_sources": {name.partition("|")[0]: count for name, count in sorted(across.items())
-                                 if len(set(name.split("|"))) == 1}})
+        "pairs_across_sources": {f"{a}|{b}": count for (a, b), count in sorted(across.items()) if a != b},
+        "pairs_within_sources": {a: count for (a, b), count in sorted(across.items()) if a == b}})
 
 
 def removed_indices(folder, rank):

@@ -25,7 +25,7 @@ class FilterSettings:
     min_characters: int = 10
     min_words: int = 0
     language_threshold: float = 0.7
-    max_parse_errors: float | None = None  # None: by language, code_checks.MAX_ERRORS
+    max_parse_errors: float | dict | None = None  # None: by language, code_checks.MAX_ERRORS
     licence_headers: str = "trim"
     quality_model: str | None = None
     quality_threshold: dict | None = None  # {kind: lowest probability of good}; None: the model's own

@@ -124,7 +124,8 @@ class Publish(PipelineStep):
         self._move(plan, new)
 
     def _report(self, plan, languages):
-        stages = {stage: read_json(plan.work / stage / "stage.json")["seconds"] for stage in plan.stage_names}
+        # Of stages that Slurm or Ray ran the time is not known here.
+        stages = {stage: read_json(plan.work / stage / "stage.json").get("seconds", 0.0) for stage in plan.stage_names}
         steps = [merge_counts(plan.work / stage, name, plan.shards) for stage, names in plan.steps for name in names]
         names = {"exact_duplicates": "exact", "near_duplicates": "near"}
         used = [step["name"] for step in steps]
@@ -142,9 +143,9 @@ class Publish(PipelineStep):
     @staticmethod
     def _move(plan, new):
         (plan.output / "report.json").unlink(missing_ok=True)
+        (new / "replaced").mkdir(exist_ok=True)
         for old in finished_sources(plan.output):
-            (old / "manifest.json").unlink()  # half of a folder must not look whole
-            shutil.rmtree(old)
+            old.replace(new / "replaced" / old.name)  # at once: half of a folder must not stay behind if we are killed
         shutil.rmtree(plan.output / "removed", ignore_errors=True)
         for folder in sorted((new / "sources").iterdir()) if (new / "sources").is_dir() else ():
             folder.replace(plan.output / folder.name)
@@ -165,13 +166,11 @@ def is_finished(folder, fingerprint=None):
     path = Path(folder) / "report.json"
     if not path.is_file():
         return False
-    found = read_json(path)["fingerprint"]
-    sources = finished_sources(folder)
-    for source in sources:
-        manifest = document_folder.read_folder_manifest(source)
-        if manifest["cleaned"]["fingerprint"] != found:
-            return False
-    return fingerprint in (None, found)
+    report = read_json(path)
+    found = {source.name: document_folder.read_folder_manifest(source)["cleaned"]["fingerprint"]
+             for source in finished_sources(folder)}
+    expected = {name: report["fingerprint"] for name, languages in report["languages"].items() if languages}
+    return found == expected and fingerprint in (None, report["fingerprint"])
 
 
 def table(report):
@@ -208,6 +207,11 @@ def source_manifest(folder):
         if key not in manifest or known and manifest[key] not in known:
             raise ValueError(f"{folder}/manifest.json: {key}={manifest.get(key)!r}"
                              + (f"; known are {', '.join(known)}" if known else " is missing; make the folder again"))
+    name, languages = manifest["source"], manifest["languages"]
+    if not isinstance(name, str) or not name or name.startswith(".") or "/" in name:
+        raise ValueError(f"{folder}/manifest.json: source={name!r} must be a name that a folder can have")
+    if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
+        raise ValueError(f"{folder}/manifest.json: languages={languages!r} must be a list of codes")
     return manifest
 
 

@@ -13,9 +13,11 @@ import functools
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
+import re
 from array import array
 from pathlib import Path
 
@@ -33,6 +35,7 @@ MOST_HELD_OUT = 0.1            # of a source
 CHUNK, CHUNK_BYTES = 512, 1 << 20  # documents, bytes encoded at a time
 OPEN_FILES = 128
 COMMON = 10                    # training documents that may share an n-gram before it counts as a common one
+MOSTLY = 0.5                   # of a document's n-grams held out: no longer a phrase, but a copy
 TRAIN, HELD_OUT, DUPLICATE, OVERLAP = range(4)
 _WORKER = {}                   # what a worker process was started with
 
@@ -55,6 +58,10 @@ class Source:
     @property
     def files(self):
         return [self.folder / file["name"] for file in self.manifest["files"]]
+
+    def work_files(self, work, suffix):
+        """A path below `work` for each of the files."""
+        return [work / f"{self.name}-{number:05d}{suffix}" for number in range(len(self.files))]
 
     def parts(self, values):
         """`values` (one a document) cut as the documents lie in the files."""
@@ -79,6 +86,9 @@ def find_sources(corpus):
         if not name or kind not in document_folder.KINDS:
             raise ValueError(f"{folder}/manifest.json has source={name!r}, kind={kind!r}; a name and one of "
                              f"{', '.join(document_folder.KINDS)} are needed: make the folder again")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{folder}/manifest.json has source={name!r}; a name must consist of letters, digits, "
+                             "'_', '.' and '-': make the folder again with another one")
         if name in sources:
             raise ValueError(f"{folder} and {sources[name].folder} are both source {name!r}; take one away")
         if manifest["documents"]:
@@ -142,23 +152,39 @@ def _documents(path, wanted=None):
             yield place, json.loads(line)
 
 
-def scan_file(path):
-    """(keys, UTF-8 bytes, difficulties) of a file's documents."""
+def scan_file(task):
+    """(keys, UTF-8 bytes, difficulties) of the documents of a file that is as its manifest says."""
+    path, sha256 = task
+    if packed_writer.file_sha256(path) != sha256:
+        raise ValueError(f"{path} has another sha256 than manifest.json records: it changed since it was written; "
+                         "make the folder again")
     keys, sizes, given = array("Q"), array("q"), array("f")
     for _, document in _documents(path):
         keys.append(int.from_bytes(overlap.digest(document["text"], _WORKER["seed"])[:8], "big"))
         sizes.append(len(document["text"].encode("utf-8", "surrogatepass")))
-        given.append(float(document["metadata"].get("difficulty", "nan")))
+        given.append(_difficulty(document, path))
     return numpy.array(keys, numpy.uint64), numpy.array(sizes, numpy.int64), numpy.array(given, numpy.float32)
 
 
+def _difficulty(document, path):
+    value = document["metadata"].get("difficulty", math.nan)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{path}: document {document['id']!r} has difficulty={value!r} in its metadata, which must be "
+                         "a number; leave the key out where there is none")
+    return value
+
+
 def compare_file(task):
-    """Write the (document, n-gram) pairs of a file's training documents and the held-out n-grams they have."""
+    """Write the (document, n-gram) pairs of a file's training documents and the held-out n-grams they have.
+
+    A document that is mostly held-out n-grams has one more, `len(index)`, which stands for no n-gram.
+    """
     path, wanted, output = task
-    pairs = [numpy.empty((0, 2), numpy.uint32)]
+    index, pairs = _WORKER["index"], [numpy.empty((0, 2), numpy.uint32)]
     for place, document in _documents(path, wanted):
-        found = _WORKER["index"].find(document["text"])
+        found, all_ngrams = index.compare(document["text"])
         if len(found):
+            found = numpy.append(found, len(index)) if len(found) >= MOSTLY * all_ngrams else found
             pairs.append(numpy.stack([numpy.full(len(found), place), found], axis=1).astype(numpy.uint32))
     packed_writer.save_array(output, numpy.concatenate(pairs))
 
@@ -216,7 +242,8 @@ def _pieces(path, dtype, size=1 << 20):
 
 def scan(sources, settings, workers):
     """Fill in keys, bytes, given and role; of equal texts the first stays, in the order of the sources' names."""
-    tasks = [path for source in sources.values() for path in source.files]
+    tasks = [(path, file["sha256"]) for source in sources.values()
+             for path, file in zip(source.files, source.manifest["files"])]
     results = iter(workers.run(scan_file, tasks, {"seed": settings.seed}, "read"))
     for source in sources.values():
         parts = list(itertools.islice(results, len(source.files)))
@@ -236,7 +263,8 @@ def scan(sources, settings, workers):
 def hold_out(sources, wanted):
     """Give documents the role HELD_OUT: of each source about `wanted[source]` tokens, a few at least, chosen by key.
 
-    Documents longer than a quarter of what is wanted are passed over, so that a book does not take a split by itself.
+    Documents longer than a quarter of what is wanted are passed over, so that a book does not take a split by itself,
+    unless the shorter ones are too few.
     """
     for source in sources.values():
         order = source.where(TRAIN)
@@ -246,29 +274,32 @@ def hold_out(sources, wanted):
             continue
         sizes = source.bytes[order]
         aim = min(max(wanted[source.name] * BYTES_PER_TOKEN, LEAST_HELD_OUT), MOST_HELD_OUT * sizes.sum())
-        fits = order[sizes <= aim / 4]
+        rising = numpy.sort(sizes)
+        enough = rising[numpy.searchsorted(numpy.cumsum(rising), aim)]
+        fits = order[sizes <= max(aim / 4, enough)]
         before = numpy.cumsum(source.bytes[fits]) - source.bytes[fits]
-        chosen = fits[before < aim] if len(fits) else order[[numpy.argmin(sizes)]]
-        source.role[chosen] = HELD_OUT
+        source.role[fits[before < aim]] = HELD_OUT
 
 
 def drop_overlaps(sources, work, workers):
     """Give training documents that share an n-gram with a held-out one, of any source, the role OVERLAP.
 
     N-grams of more than COMMON training documents do not count: they are licences, headings and phrases, as in GPT-3
-    (arXiv:2005.14165, App. C). Returns how many n-grams were compared and how many of them are so common.
+    (arXiv:2005.14165, App. C). A document of which MOSTLY is held out goes all the same: what has many near copies
+    would otherwise stay in both splits. Returns how many n-grams were compared and how many of them are so common.
     """
     index = overlap.NgramIndex()
     for source in sources.values():
         for path, held_out in zip(source.files, source.parts(source.role == HELD_OUT)):
             for _, document in _documents(path, held_out) if held_out.any() else ():
                 index.add(document["text"])
-    counts = numpy.zeros(len(index), numpy.int64)  # len sorts the n-grams, once for all workers
-    tasks = [(path, wanted, work / f"{s.name}-{number:05d}.pairs.npy") for s in sources.values()
-             for number, (path, wanted) in enumerate(zip(s.files, s.parts(s.role == TRAIN)))]
+    counts = numpy.zeros(len(index) + 1, numpy.int64)  # len sorts the n-grams, once for all workers
+    tasks = [task for s in sources.values()
+             for task in zip(s.files, s.parts(s.role == TRAIN), s.work_files(work, ".pairs.npy"))]
     workers.run(compare_file, tasks, {"index": index}, "compare")
     for _, _, pairs in tasks:
         counts += numpy.bincount(numpy.load(pairs)[:, 1], minlength=len(counts))
+    counts[-1] = 0  # of no n-gram: documents that are mostly held out
     outputs = iter(tasks)
     for source in sources.values():
         before = int((source.role == TRAIN).sum())
@@ -276,7 +307,7 @@ def drop_overlaps(sources, work, workers):
             pairs = numpy.load(next(outputs)[2])
             part[pairs[counts[pairs[:, 1]] <= COMMON, 0]] = OVERLAP
         _check_left(source, before, int((source.role == TRAIN).sum()))
-    return {"held_out": len(counts), "too_common": int((counts > COMMON).sum())}
+    return {"held_out": len(counts) - 1, "too_common": int((counts > COMMON).sum())}
 
 
 def _check_left(source, before, left):
@@ -304,35 +335,35 @@ def sample_texts(sources, wanted_bytes):
 
 def encode(sources, tokenizer, work, workers):
     """Write the token files of all kept documents below `work`; fill in `tokens`. Returns {source: TokenReader}."""
-    tasks = [(path, wanted, work / f"{s.name}-{number:05d}.tokens") for s in sources.values()
-             for number, (path, wanted) in enumerate(zip(s.files, s.parts(s.role <= HELD_OUT)))]
+    tasks = [task for s in sources.values()
+             for task in zip(s.files, s.parts(s.role <= HELD_OUT), s.work_files(work, ".tokens"))]
     results = iter(workers.run(encode_file, tasks, {"tokenizer": tokenizer}, "encode"))
-    outputs, readers = iter(tasks), {}
+    readers, opened = {}, collections.OrderedDict()
     for source in sources.values():
         counts = list(itertools.islice(results, len(source.files)))
         source.tokens = numpy.concatenate(counts)
-        files = [output for _, _, output in itertools.islice(outputs, len(source.files))]
-        readers[source.name] = TokenReader(files, counts, packed_writer.token_dtype(len(tokenizer)))
+        readers[source.name] = TokenReader(source.work_files(work, ".tokens"), counts,
+                                           packed_writer.token_dtype(len(tokenizer)), opened)
     return readers
 
 
 class TokenReader:
-    """Encoded documents of a source by index. Read, not mapped: mapped pages would count as the process's memory."""
+    """Encoded documents of a source by index. Read, not mapped: mapped pages would count as the process's memory.
 
-    def __init__(self, files, counts, dtype):
-        self._files, self.dtype, self._open = files, dtype, collections.OrderedDict()
+    Args:
+        opened: {path: file}, shared by the readers of all sources, so that OPEN_FILES are open at most in all.
+    """
+
+    def __init__(self, files, counts, dtype, opened):
+        self.files, self.dtype, self._open = files, dtype, opened
         self._counts = numpy.concatenate(counts)
         self._starts = numpy.concatenate([numpy.cumsum(part) - part for part in counts])
         self._ends = numpy.cumsum([len(part) for part in counts])
 
-    @property
-    def files(self):
-        return list(self._files)
-
     def __getitem__(self, index):
-        number = int(numpy.searchsorted(self._ends, index, side="right"))
-        file = self._open.pop(number, None) or open(self._files[number], "rb")
-        self._open[number] = file  # the latest last
+        path = self.files[int(numpy.searchsorted(self._ends, index, side="right"))]
+        file = self._open.pop(path, None) or open(path, "rb")
+        self._open[path] = file  # the latest last
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)[1].close()
         size, start = int(self._counts[index]) * self.dtype.itemsize, int(self._starts[index]) * self.dtype.itemsize

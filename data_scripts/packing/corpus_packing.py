@@ -173,8 +173,8 @@ def _write_splits(settings, groups, sources, readers, folder, progress):
     splits = {"train": _write(settings, sources, readers, "train", given, cursors, total, folder, progress)}
     for name, counts in splits["train"]["sources"].items():
         counts["epochs"] = round(counts["tokens"] / tokens[name], 4)
-    if settings.validation_fraction:
-        held_out = {s.name: s.where(HELD_OUT) for s in sources.values() if (s.role == HELD_OUT).any()}
+    held_out = {s.name: s.where(HELD_OUT) for s in sources.values() if (s.role == HELD_OUT).any()}
+    if held_out:
         orders = {n: places[mixture.epoch_order(sources[n].keys[places], 0)] for n, places in held_out.items()}
         shares = {name: int(sources[name].tokens[places].sum()) for name, places in held_out.items()}
         cursors = {name: iter(order) for name, order in orders.items()}

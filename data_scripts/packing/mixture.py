@@ -23,6 +23,8 @@ def parse_epochs(values):
     epochs = {None: DEFAULT_EPOCHS}
     for part in (part.strip() for value in values for part in str(value).split(",")):
         name, equals, number = part.rpartition("=")
+        if name in epochs:
+            raise ValueError(f"max_epochs names {name!r} twice; give it one number")
         try:
             epochs[name if equals else None] = float(number)
         except ValueError:
@@ -129,6 +131,8 @@ def describe_short(short, total, max_epochs):
 def interleave(shares, take):
     """Take documents such that every stretch has the shares, the source furthest behind next; yield their tokens.
 
+    To within a document of each source: the first stretch has one of each, long before a small source is due.
+
     Args:
         shares: {source: weight}; take: function of a source, called when its turn comes, that takes its next document
             and returns its tokens, or None when the source is at its end, where all ends.
@@ -164,9 +168,10 @@ def epoch_order(keys, epoch, difficulty=None, window=0.1):
             Later epochs are shuffled: by then the curriculum is over.
     """
     random = scramble(keys, epoch)
+    order = numpy.argsort(random, kind="stable")
     if difficulty is None or epoch > 0:
-        return numpy.argsort(random, kind="stable")
-    ranks = numpy.empty(len(keys))
-    ranks[numpy.lexsort((random, difficulty))] = numpy.arange(len(keys))
-    moved = ranks / max(1, len(keys)) + window * (random / 2.0**64 - 0.5)
-    return numpy.argsort(moved, kind="stable")
+        return order
+    ranks, chance = numpy.empty(len(keys)), numpy.empty(len(keys))
+    ranks[numpy.lexsort((random, difficulty))] = chance[order] = numpy.arange(len(keys))
+    # By rank: the documents of a part of an epoch were drawn by their random numbers, all of them small.
+    return numpy.argsort(ranks + window * (chance - len(keys) / 2), kind="stable")

@@ -184,7 +184,8 @@ class SplitWriter:
 
 def write_manifest(folder, manifest):
     path = Path(folder) / "manifest.json"
-    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+    # Names of files may hold bytes that are no UTF-8: as \udcXX, which JSON reads as the same name again.
+    with open(path.with_suffix(".tmp"), "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(manifest, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())

@@ -16,6 +16,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_scripts.packing.mixture import allocate
+
 PIECE = 32_768       # characters
 HELD_OUT = 0.01      # share of the pieces
 TEMPERATURE = 2.0
@@ -98,21 +100,6 @@ def held_out(part):
     return ((piece, language) for piece, language, is_held_out, _ in pieces(part) if is_held_out)
 
 
-def _share_out(parts, wanted, temperature):
-    """Set `wanted` of each part; what a small one cannot give the others of its kind do (water filling)."""
-    open_parts, left = list(parts), wanted
-    while open_parts:
-        weights = {part.source: part.bytes ** (1 / temperature) for part in open_parts}
-        total = sum(weights.values())
-        full = [part for part in open_parts if part.bytes <= left * weights[part.source] / total]
-        for part in full or open_parts:
-            part.wanted = part.bytes if full else left * weights[part.source] / total
-        if not full:
-            return
-        left -= sum(part.bytes for part in full)
-        open_parts = [part for part in open_parts if part not in full]
-
-
 def plan(parts, mixture, max_bytes, temperature=TEMPERATURE):
     """Set what is wanted of each part; return {kind: {"wanted", "available"}} of the kinds that are too small.
 
@@ -135,7 +122,11 @@ def plan(parts, mixture, max_bytes, temperature=TEMPERATURE):
     asked = possible if max_bytes is None else max_bytes
     total = min(possible, asked)
     for kind, share in mixture.items():
-        _share_out([part for part in parts if part.kind == kind], share / 100 * total, temperature)
+        members = [part for part in parts if part.kind == kind]
+        given = allocate(share / 100 * total, {part.source: part.bytes ** (1 / temperature) for part in members},
+                         {part.source: part.bytes for part in members})
+        for part in members:
+            part.wanted = given[part.source]
     return {kind: {"wanted": round(share / 100 * asked), "available": round(available[kind])}
             for kind, share in mixture.items() if share / 100 * asked > available[kind] * 1.001}
 

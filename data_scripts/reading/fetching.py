@@ -13,12 +13,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_scripts.document_folder import KINDS, building, is_document_folder, read_folder_manifest
 from data_scripts.reading.man_text import NotText
 from data_scripts.reading.packages import fetch_package, members
+from data_scripts.reading.text_decoding import BROKEN_SHARE
 from recipes.text_files import cut_at_paragraphs
 
 PACKAGES_FOLDER = "data/packages"
@@ -32,6 +33,8 @@ class Source:
         `Package`s in the order of the field below; `left_out` is a Counter of reasons. `metadata` may set the
         document's `language`; it is else the first of `languages`.
     packages: (registry, name) or (registry, name, version) each; a registry "pypi-sdist" asks for the sdist.
+    languages: of the documents; ("mul",) where each says its own, which the manifest then lists after "mul".
+    settings: of the script that decide the content, recorded: other ones make the source again.
     cut: whether long documents are cut at blank lines (`recipes.text_files.cut_at_paragraphs`).
     """
 
@@ -43,6 +46,7 @@ class Source:
     packages: tuple
     documents: Callable
     cut: bool = True
+    settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z0-9_-]+", self.name):
@@ -52,18 +56,21 @@ class Source:
 
 
 def decode(data, left_out=None):
-    """Text of a file: UTF-8 where it is, else Latin-1, which old documentation is in; None for a binary file.
+    """Text of a file: UTF-8 where it is, else Latin-1, which old documentation is in; "" for a binary file.
 
-    With `left_out`, a binary file is counted there. Line ends become \\n.
+    A few broken bytes do not make a UTF-8 file Latin-1: they become U+FFFD. With `left_out`, a binary file is counted
+    there. Line ends become \\n.
     """
     if b"\0" in data[:8192]:
         if left_out is not None:
             left_out["binary files"] += 1
-        return None
+        return ""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
+        text = data.decode("utf-8-sig", "replace")
+        if text.count("\ufffd") > BROKEN_SHARE * sum(byte > 127 for byte in data):
+            text = data.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -86,8 +93,8 @@ def pages(package, patterns, extract, left_out, skip=None, **metadata):
             left_out["indices, changes and other pages not wanted"] += 1
             continue
         text = decode(data, left_out)
-        if text is None:
-            continue
+        if not text and data:
+            continue  # binary, counted
         try:
             text = extract(text)
         except NotText as reason:
@@ -129,18 +136,24 @@ def has_changed(folder, packages, accept_changes=False):
     return False
 
 
+def _encodable(text):
+    """The text with lone halves of surrogate pairs, which UTF-8 cannot hold, as the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def write_source(source, packages, folder, max_characters=None, command=None, progress=None):
     """Write the folder of documents of a source; returns its manifest."""
     left_out = Counter()
     facts = {"source": source.name, "kind": source.kind, "languages": list(source.languages),
              "licence": source.licence, "origin": source.origin, "packages": [p.facts() for p in packages],
-             "max_characters": max_characters, "command": command}
+             "max_characters": max_characters, "settings": source.settings, "command": command}
+    languages = set()
     with building(folder, **facts) as writer:
         writer.facts["left_out"] = left_out
         for path, text, *metadata in source.documents(packages, left_out):
-            # A lone surrogate cannot be written as UTF-8; it is shown as the replacement character.
-            text = text.strip("\n").encode("utf-8", "replace").decode("utf-8")
+            text, path = _encodable(text.strip("\n").replace("\0", "")), _encodable(path)
             metadata = {"path": path, "language": source.languages[0], **(metadata[0] if metadata else {})}
+            metadata["path"] = _encodable(metadata["path"])
             pieces = cut_at_paragraphs(text) if source.cut else [text]
             for number, piece in enumerate(pieces):
                 if not piece.strip():
@@ -148,12 +161,14 @@ def write_source(source, packages, folder, max_characters=None, command=None, pr
                     continue
                 piece_of = f"#{number}" if len(pieces) > 1 else ""
                 writer.write(piece, f"{source.name}/{path}{piece_of}", **metadata)
+                languages.update(metadata.get("languages", [metadata["language"]]))
                 if progress is not None:
                     progress.update(len(piece))
             if max_characters is not None and writer.characters >= max_characters:
                 writer.facts["stopped_at_max_characters"] = True
                 break
         writer.facts["left_out"] = dict(left_out.most_common())
+        writer.facts["languages"] += sorted(languages - set(source.languages))
     return read_folder_manifest(folder)
 
 
@@ -161,14 +176,14 @@ def make_source(source, output_dir, cache=PACKAGES_FOLDER, max_characters=None, 
                 command=None, progress=None):
     """Make one source unless it is finished; returns (manifest, whether it was made now).
 
-    Finished is a complete folder made with the same `max_characters` from packages that, as far as they are still
-    in the cache, are those it records.
+    Finished is a complete folder made with the same `max_characters` and settings from packages that, as far as
+    they are still in the cache, are those it records.
     """
     folder = Path(output_dir) / source.name
     changed = has_changed(folder, get_packages(source, cache, only_cached=True), accept_changes)
     if is_document_folder(folder) and not overwrite and not changed:
         finished = read_folder_manifest(folder)
-        if finished.get("max_characters") == max_characters:
+        if finished.get("max_characters") == max_characters and finished.get("settings", {}) == source.settings:
             return finished, False
     packages = get_packages(source, cache)
     has_changed(folder, packages, accept_changes)
@@ -239,13 +254,22 @@ def run(sources, options, command=None):
     return 1 if failed else 0
 
 
-def main(program, sources, description, argv=None):
-    """The command line of data_scripts/`program`.py; SystemExit 1 if a source failed, 2 for a wrong option."""
+def main(program, sources, description, argv=None, sampled=None):
+    """The command line of data_scripts/`program`.py; SystemExit 1 if a source failed, 2 for a wrong option.
+
+    Args:
+        sampled: (characters or None, seed) -> sources, for a script whose sources are samples: it gets a --seed.
+    """
     parser = argparse.ArgumentParser(f"python -m data_scripts.{program}", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = add_arguments(parser, sources).parse_args(argv)
+    add_arguments(parser, sources)
+    if sampled is not None:
+        parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    options = parser.parse_args(argv)
     if options.max_characters is not None and options.max_characters <= 0:
         parser.exit(2, f"error: --max_characters {options.max_characters} must be positive\n")
+    if sampled is not None:
+        sources = sampled(options.max_characters, options.seed)
     try:
         command = shlex.join(["python", "-m", f"data_scripts.{program}", *(sys.argv[1:] if argv is None else argv)])
         status = run(sources, options, command)

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_scripts.reading.text_decoding import Undecodable, decoded_chunks, inspect_stream, pieces
+from data_scripts.reading.zstd_stream import ZstdStream
 from recipes.text_files import BadInput, read_file
 
 LONGEST_ROW = 64_000_000  # characters of one JSON object or CSV row: a longer one is left out
@@ -115,46 +116,6 @@ def walk(locations, left_out, follow_links=False):
     return files
 
 
-class _ZstdStream(io.RawIOBase):
-    """A Zstandard file decompressed; zstandard's own reader takes a file that was cut off for a complete one.
-
-    Raises:
-        EOFError: the file ends inside a frame.
-    """
-
-    def __init__(self, raw):
-        try:
-            import zstandard
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("reading .zst needs zstandard: `pip install -e '.[corpus]'`") from error
-        self._raw, self._new, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame, self._ready = None, b""
-
-    def readable(self):
-        return True
-
-    def _more(self):
-        block = getattr(self._frame, "unused_data", b"") or self._raw.read(4_096)
-        if not block:
-            if self._frame is not None and not self._frame.eof:
-                raise EOFError("the compressed file ends too early")
-            return False
-        if self._frame is None or self._frame.eof:
-            self._frame = self._new()
-        try:
-            self._ready = self._frame.decompress(block)
-        except self._error as error:
-            raise EOFError(str(error)) from error
-        return True
-
-    def readinto(self, buffer):
-        while not self._ready and self._more():
-            pass
-        part, self._ready = self._ready[:len(buffer)], self._ready[len(buffer):]
-        buffer[:len(part)] = part
-        return len(part)
-
-
 @contextmanager
 def _opened(path):
     """The file's content as a binary stream, decompressed."""
@@ -163,7 +124,7 @@ def _opened(path):
         if name.endswith(".gz"):
             yield gzip.GzipFile(fileobj=raw)
         elif name.endswith(".zst"):
-            yield io.BufferedReader(_ZstdStream(raw), 1 << 18)
+            yield io.BufferedReader(ZstdStream(raw), 1 << 18)
         else:
             yield raw
 
@@ -172,12 +133,13 @@ def json_values(chunks, longest=LONGEST_ROW):
     """Yield the values of JSON text that comes in chunks: of a list, of lines, or of one object.
 
     Raises:
-        BadInput: no JSON, or a value longer than `longest` characters.
+        BadInput: no JSON, a list without its end, or a value longer than `longest` characters.
     """
     decoder, buffer, start, in_list = json.JSONDecoder(), "", 0, None
-    attempt, done, chunks = 0, False, iter(chunks)
+    attempt, done, ended, chunks = 0, False, False, iter(chunks)
     while True:
         while start < len(buffer) and (buffer[start] in " \t\r\n\ufeff" or in_list and buffer[start] in ",]"):
+            ended = ended or in_list and buffer[start] == "]"
             start += 1
         if in_list is None and start < len(buffer):
             in_list = buffer[start] == "["
@@ -190,12 +152,15 @@ def json_values(chunks, longest=LONGEST_ROW):
                     yield value
                     start, attempt = end, 0
                     continue
-            except json.JSONDecodeError as error:
-                if done or len(buffer) - start > longest:
-                    why = f"longer than {longest:,} characters" if not done else str(error)
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of very many digits
+                if done or len(buffer) - start > longest or isinstance(error, RecursionError):
+                    why = str(error) if done or isinstance(error, RecursionError) else \
+                        f"longer than {longest:,} characters"
                     raise BadInput(f"no JSON ({why})") from error
             attempt = 2 * (len(buffer) - start)  # doubled, so that a long value is parsed few times
         if done:
+            if in_list and not ended:
+                raise BadInput("the list has no end: the file was cut off")
             return
         buffer, start = buffer[start:], 0
         chunk = next(chunks, None)
@@ -226,7 +191,7 @@ def _json_lines(chunks):
         elif line.strip():
             try:
                 yield f"line {number}", json.loads(line.removeprefix("\ufeff"))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of very many digits
                 yield f"line {number}", BadInput(f"not JSON ({error})")
 
 

@@ -33,7 +33,7 @@ def need(module, what):
 
 def tidy(text):
     """No spaces at line ends, at most one blank line, cells of a table apart by one tab."""
-    text = re.sub(r"[ \t\xa0\u200b]+(?=\n|$)", "", text)
+    text = re.sub(r"(?<![ \t\xa0\u200b])[ \t\xa0\u200b]+(?=\n|$)", "", text)
     text = re.sub(r"(?<=\S) *\t[\t \xa0]*(?=\S)", "\t", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
@@ -84,8 +84,8 @@ NUMBERED = {"pep": "PEP ", "rfc": "RFC ", "issue": "issue ", "ticket": "ticket "
 def _inline(text):
     """Roles, links and literals as the words they show; they may run over a line's end."""
     text = re.sub(r":(pep|rfc|issue|ticket|cve):`(\d[\d-]*)`", lambda m: NUMBERED[m[1]] + m[2], text)
-    text = re.sub(r":[a-zA-Z][\w:+.-]*:`!?~?([^`<]+?)(?:\s*<[^`>]*>)?`", r"\1", text)  # :role:`text <target>`
-    text = re.sub(r":[a-zA-Z][\w:+.-]*:`<?([^`>]*)>?`", r"\1", text)
+    text = re.sub(r":[a-zA-Z][\w:+.-]{0,60}:`!?~?([^`<]+?)(?:\s*<[^`>]*>)?`", r"\1", text)  # :role:`text <target>`
+    text = re.sub(r":[a-zA-Z][\w:+.-]{0,60}:`<?([^`>]*)>?`", r"\1", text)
     text = re.sub(r"``(.+?)``", "\0\\1\0", text, flags=re.S)                           # ``literal``
     text = re.sub(r"`([^`<]+?)\s*<([^`>]+)>`__?", r"\1 (\2)", text)                    # `text <link>`_
     text = re.sub(r"`([^`]+)`__?(?!\w)", r"\1", text)
@@ -169,7 +169,7 @@ def vim_help_to_text(source):
     for line in source.split("\n"):
         if re.search(r"\bvim?:.*(tw=|ft=|set )", line):
             continue
-        without = re.sub(r"(^|[ \t]+)\*[^*\s]+\*(?=\s|$)", "", line)
+        without = re.sub(r"(?:^|(?<![ \t])[ \t]+)\*[^*\s]+\*(?=\s|$)", "", line)
         if without != line and not without.strip():
             continue
         without = re.sub(r"(?<!\S)\|([^|\s]+)\|", r"\1", without)

@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from data_scripts.packing.packed_writer import file_sha256
+from data_scripts.reading.zstd_stream import ZstdStream
 
 LARGEST = 256_000_000  # bytes of a member: a larger one is left out and counted
 TOOLS = {"debian": "apt-get", "pypi": "pip", "npm": "npm"}
@@ -174,7 +175,7 @@ def _deb_content(file, name):
     if file.read(8) != b"!<arch>\n":
         raise PackageError(f"{name} is not a Debian package (no `ar` archive): delete it and run again")
     while header := file.read(60):
-        if len(header) < 60 or header[58:] != b"`\n":
+        if len(header) < 60 or header[58:] != b"`\n" or not header[48:58].strip().isdigit():
             break
         entry, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
         if entry.startswith("data.tar"):
@@ -192,9 +193,7 @@ def _decompressed(stream, name):
     if name.endswith(".bz2"):
         return bz2.BZ2File(stream)
     if name.endswith(".zst"):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(stream)
+        return io.BufferedReader(ZstdStream(stream), 1 << 18)
     return stream
 
 

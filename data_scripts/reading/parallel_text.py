@@ -11,7 +11,8 @@ NAMES = {"ar": "العربية", "bn": "বাংলা", "cs": "Čeština", "de
          "ko": "한국어", "nl": "Nederlands", "pl": "Polski", "pt": "Português", "ru": "Русский", "sv": "Svenska",
          "tr": "Türkçe", "uk": "Українська", "ur": "اردو", "vi": "Tiếng Việt", "zh": "中文"}
 LONG_LINE = 40   # characters: shorter lines (names, commands) are the same in every language
-BLOCKS = {"p", "title", "item", "desc", "code", "screen", "subtitle", "td"}
+TEXTS = {"p", "title", "desc", "code", "screen", "subtitle"}  # one block each, with all inside
+BOXES = {"item", "td"}  # hold such blocks, or text of their own
 
 
 def aligned(pairs, first, second, size=2_000):
@@ -55,7 +56,7 @@ def mallard_to_text(source):
         name = element.tag.rsplit("}", 1)[-1] if isinstance(element.tag, str) else ""
         if name in ("info", "links", "comment", ""):
             return
-        if name in BLOCKS and not any(_is_block(child) for child in element):
+        if name in TEXTS or name in BOXES and not any(_holds_blocks(child) for child in element):
             text = "".join(element.itertext())
             text = text.strip("\n") if name in ("code", "screen") else " ".join(text.split())
             if text.strip():
@@ -68,9 +69,9 @@ def mallard_to_text(source):
     return "\n\n".join(kept)
 
 
-def _is_block(element):
-    return isinstance(element.tag, str) and any(
-        isinstance(found.tag, str) and found.tag.rsplit("}", 1)[-1] in BLOCKS for found in element.iter())
+def _holds_blocks(element):
+    blocks = (TEXTS | BOXES) - {"code"}  # which may also stand inside a sentence
+    return any(isinstance(found.tag, str) and found.tag.rsplit("}", 1)[-1] in blocks for found in element.iter())
 
 
 def read_catalogue(data):
@@ -83,7 +84,11 @@ def read_catalogue(data):
     order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(data[:4])
     if order is None:
         raise ValueError("not a compiled gettext catalogue: it begins with another magic number")
+    if len(data) < 28:
+        raise ValueError("a damaged gettext catalogue: shorter than its header")
     count, originals, translations = struct.unpack_from(f"{order}III", data, 8)
+    if max(originals, translations) + 8 * count > len(data):
+        raise ValueError("a damaged gettext catalogue: its tables end behind the file")
     pairs = []
     for number in range(count):
         texts = []

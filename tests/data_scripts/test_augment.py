@@ -10,7 +10,8 @@ from data_scripts.augmentation import augment_translation
 from data_scripts.augmentation.augment_english import WordNet, WordPairs, inflect
 from data_scripts.augmentation.augment_protected import operands, user_texts
 from data_scripts.augmentation.augment_synonyms import Synonyms
-from data_scripts.augmentation.augment_syntax import adverbial, clause, contraction, expansion, instructions, politeness
+from data_scripts.augmentation.augment_syntax import (adverbial, clause, contraction, expansion, instructions,
+                                                      particle, politeness, that)
 from data_scripts.augmentation.augment_translation import BackTranslation
 from data_scripts.prepare_sft import key_of, side_of
 from recipes.task_puzzles import PUZZLE_TASKS
@@ -105,7 +106,13 @@ def test_regular_inflection():
     (clause, "London is wet because the rain falls.", None), (clause, "Count 3 apples if the bag is open.", None),
     (adverbial, "Today, we met a friend.", "We met a friend today."),
     (adverbial, "We met a friend today.", "Today, we met a friend."),
-    (politeness, "Please calculate it.", None), (politeness, "Water boils at noon.", None)])
+    (that, "I think that it is late.", "I think it is late."),
+    (that, "She said he was late.", "She said that he was late."),
+    (that, "Who do you think he is?", None), (that, 'Read "I think that it is late" aloud.', None),
+    (particle, "Switch off the light.", "Switch the light off."), (particle, "We look out the window.", None),
+    (clause, "Because of the rain, we stayed home.", None), (adverbial, "The work shall end by tomorrow.", None),
+    (politeness, "List of all rivers.", None), (politeness, "Please calculate it.", None),
+    (politeness, "Water boils at noon.", None)])
 def test_rules(rule, before, after):
     assert {rule(before, random.Random(seed)) for seed in range(6)} == {after}
 
@@ -183,7 +190,7 @@ def made(tmp_path_factory, problems, wordnet_files):
     folder = tmp_path_factory.mktemp("set")
     rows = [row for _, row in problems][:60]
     rows += [conversation(f"Here the students compute the sum {n}. What is the next?") for n in range(20)]
-    rows += [conversation(f"Here the pupils compute the sum {n}.") for n in range(12)]
+    rows += [conversation(f"Here the pupils compute the sum {n}.") for n in range(40)]
     rows += [{"prompt": f"Explain gravity to child {n}.", "completion": "It pulls."} for n in range(10)]
     rows += [conversation("学而时习之，不亦说乎？"), {"text": "The students compute the result quickly."}]
     path = write(folder / "train.jsonl", rows)
@@ -261,23 +268,60 @@ def test_command_line(made, tmp_path, capsys):
         assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_what_comes_back_is_compared(wordnet_files, monkeypatch):
+@pytest.mark.parametrize("before, after, expected", [
+    # What was lost, doubled or turned round on the way stays as written; the new word is taken over.
+    ("The students computed the large sum in 3 days with Anna.", "The sum  big computed in the 3 days Ana.",
+     "The students computed the big sum in 3 days with Anna."),
+    ("However, the students read the sum.", "Even so, the read students it.", "Even so, the students read the sum."),
+    ("The students started the sum.", "The students begun the sum.", None),
+    ("The students had started the sum.", "The students had begun the sum.", "The students had begun the sum."),
+    ("The students compute the sum of trees.", "The students compute the sum of dogs.", None),
+    ("The students have a large sum of (large) books.", "The students have big sum of books.", None),  # met twice
+    ('The students read "the large sum" here.', 'The students read "the big sum" here.', None),
+    ("The students compute about 5 sums.", "The students compute roughly 5 sums.",
+     "The students compute roughly 5 sums.")])
+def test_what_came_back_is_taken_over_where_it_is_known_to_read_well(back, before, after, expected):
+    back.translations = {before: after}
+    found = back.variant(before, set(), random.Random(0))
+    assert (found and found[0]) == expected
+    assert back.variant(before, {"large", "begun", "even", "roughly"}, random.Random(0)) is None
+
+
+@pytest.fixture
+def back(tmp_path, wordnet_files, monkeypatch):
+    """Translation with a WordNet that also knows an irregular verb; no Apertium is called."""
+    folder = shutil.copytree(wordnet_files, tmp_path / "wordnet")
+    for pos, words in (("verb", ("start", "begin")), ("adj", ("large", "big"))):
+        with open(folder / f"index.{pos}", "a") as index, open(folder / f"data.{pos}", "a") as data:
+            for number, word in enumerate(words):
+                data.write(f"0000090{number} 00 {pos[0]} 01 {word} 0 000 | a gloss\n")
+                index.write(f"{word} {pos[0]} 1 0 1 1 0000090{number}\n")
+    (folder / "verb.exc").write_text("began begin\nbegun begin\n")
     monkeypatch.setattr(augment_translation, "check_installed", lambda: None)
-    back = BackTranslation(WordNet(wordnet_files), WordPairs([ENGLISH]))
-    before = "The old students compute the sum in 3 days with Anna."
-    for after, taboo, reason in (
-            ("The old pupils compute the sum in 3 days with Anna.", set(), None),
-            ("The old pupils compute the sum in 3 days with Anna.", {"students"},
-             "a word of the answer changed or moved"),
-            (before, set(), "unchanged"),
-            ("The old  compute the sum in 3 days with Anna.", set(), "words lost or unknown"),
-            ("The old students compute the sum in 4 days with Anna.", set(), "numbers or names changed"),
-            ("The old students compute the sum in 3 days with Ann.", set(), "numbers or names changed"),
-            ("The old students compute not the sum in 3 days with Anna.", set(), "decisive words changed"),
-            ("The old students do compute the sum in 3 days with Anna.", set(), "pronouns or auxiliaries changed"),
-            ("The old trees compute the sum in 3 days with Anna.", set(), "another meaning"),
-            ("The students old compute the sum in 3 days with Anna.", set(), "word pairs not met in English")):
-        assert back.refusal(before, after, taboo) == reason, after
+    return BackTranslation(WordNet(folder), WordPairs([ENGLISH]))
+
+
+@pytest.mark.parametrize("rows, beside, message", [
+    ([{"messages": [{"role": "system", "content": "Hi."}]}], None, "line 1.*messages holds no turn of a user"),
+    ([{"messages": ["Hi.", 3]}], None, "line 1.*messages holds no turn of a user"),
+    ([conversation("Hi.")], "{broken\n", "test.jsonl.*line 1.*repair the row"),
+    ([conversation("Hi.")], '{"x": 1}\n', "test.jsonl.*line 1.*no user's text")])
+def test_rows_without_a_question_are_named(tmp_path, rows, beside, message):
+    path = write(tmp_path / "train.jsonl", rows)
+    if beside:
+        (tmp_path / "test.jsonl").write_text(beside)
+    with pytest.raises(ValueError, match=message):
+        module.augment(path, tmp_path / "out", syntax=1.0, progress=False)
+
+
+def test_only_the_first_turn_is_greeted(monkeypatch):
+    monkeypatch.setattr("data_scripts.augmentation.augment_syntax.GREETED", 1.0)
+    turn, pairs = {"role": "user", "content": "Which book is old?"}, WordPairs(["Which book is old?"])
+    copy, _ = module.augmented({"messages": [turn, {"role": "assistant", "content": "Mine."}, turn]}, 0, "syntax",
+                               module.Syntax(), pairs, 0)
+    first, last = (copy["messages"][n]["content"] for n in (0, 2))
+    assert first.endswith(turn["content"]) and first != last == turn["content"]
+    assert module.Syntax().variant("The book lies there.", set(), random.Random(0)) is None
 
 
 def test_missing_apertium_names_the_command(monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from data_scripts import clean_corpus, document_folder
-from data_scripts.cleaning import clean_blocks, clean_stages
+from data_scripts.cleaning import clean_blocks, clean_stages, removal_report
 from data_scripts.cleaning.clean_settings import CleanSettings, read_settings
 from data_scripts.cleaning.removal_report import is_finished, table
 
@@ -181,6 +182,59 @@ def test_what_changed_is_made_again_and_nothing_else(raw, tmp_path, caplog):
     assert content(output) == content(tmp_path / "fresh")
 
 
+@pytest.fixture
+def small(tmp_path):
+    """(folder, settings) of two sources and the stages that take no time."""
+    for name in ("alpha", "beta"):
+        raw_source(tmp_path / "small", name, [prose(name), prose(f"{name} 2", 3), "tiny"])
+    return tmp_path / "small", read_settings(None, skip=[
+        "language", "boilerplate", "repetition", "entropy", "near_duplicates", "decontamination"])
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_run_killed_while_it_replaces_the_clean_folder_goes_on(small, tmp_path, monkeypatch):
+    (raw, chosen), output, remove = small, tmp_path / "clean", shutil.rmtree
+    clean(raw, output, settings=chosen)
+    whole, report = content(output), output / "report.json"
+    report.write_text(report.read_text().replace(json.loads(report.read_text())["fingerprint"], "another run's"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as old sources are removed
+        patch.setattr(removal_report.shutil, "rmtree", lambda *path, **options: (
+            remove if report.exists() else interrupt)(*path, **options))
+        clean(raw, output, settings=chosen)
+    assert not is_finished(output)
+    clean(raw, output, settings=chosen)
+    assert content(output) == whole
+
+
+def test_what_was_deleted_is_published_again_and_the_page_may_stay(small, tmp_path):
+    (raw, chosen), output = small, tmp_path / "clean"
+    clean(raw, output, settings=chosen)
+    whole = content(output)
+    (output / "report.html").write_text("made by corpus_report")
+    for gone in ("alpha", "report.json"):
+        shutil.rmtree(output / gone) if gone == "alpha" else (output / gone).unlink()
+        assert not is_finished(output)
+        clean(raw, output, settings=chosen)
+        assert {name: found for name, found in content(output).items() if name != "report.html"} == whole
+
+
+def test_a_task_killed_with_other_settings_is_done_again(small, tmp_path, monkeypatch):
+    (raw, chosen), output = small, tmp_path / "clean"
+    clean(raw, output, settings=chosen)
+    whole, report = content(output), output / "report.json"
+    chosen.filters["min_characters"] = 500
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # its counts are written, its facts are not
+        patch.setattr(clean_blocks, "save_array", interrupt)
+        clean(raw, output, settings=chosen)
+    del chosen.filters["min_characters"]
+    report.unlink()
+    clean(raw, output, settings=chosen)
+    assert content(output) == whole
+
+
 def test_the_first_by_the_order_of_sources_is_kept(raw, tmp_path):
     chosen = settings(raw)
     chosen.source_order = ["beta"]
@@ -226,6 +280,34 @@ def test_errors_of_the_command_are_one_line(raw, tmp_path, capsys):
         clean(raw, tmp_path / "mine")
 
 
+@pytest.mark.parametrize("facts, message", [
+    ({"source": "../beta"}, "source='../beta' must be a name"), ({"source": 3}, "source=3 must be a name"),
+    ({"languages": "en"}, "languages='en' must be a list"), ({"languages": None}, "languages=None must be a list")])
+def test_manifests_with_impossible_facts_are_named(facts, message, small, tmp_path):
+    path = small[0] / "alpha" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    with pytest.raises(ValueError, match=f"alpha/manifest.json: {message}"):
+        clean_corpus.find_sources(small[0])
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"}', "not json", '{"text": 3, "id": "x", "metadata": {}}', "[]", ""])
+def test_lines_that_are_no_documents_are_named(line, tmp_path):
+    path = tmp_path / "documents.jsonl.zst"
+    good = json.dumps({"text": "a", "id": "x", "metadata": {}})
+    path.write_bytes(clean_blocks.zstandard.ZstdCompressor().compress(f"{good}\n{line}\n".encode()))
+    shard = clean_blocks.Shard(0, "alpha", path.name, str(path), "text", ("en",), "")
+    with pytest.raises(ValueError, match="documents.jsonl.zst: line 2 is no document"):
+        list(clean_blocks.ShardReader([shard]).run())
+
+
+def test_a_run_without_steps_is_refused(small, tmp_path):
+    from data_scripts.cleaning.filter_steps import STEPS
+
+    with pytest.raises(ValueError, match="nothing is left to do"):
+        clean(small[0], tmp_path / "clean", settings=CleanSettings(
+            skip=[*STEPS, "exact_duplicates", "near_duplicates", "decontamination"]))
+
+
 def test_settings_files(tmp_path):
     path = tmp_path / "clean.yaml"
     path.write_text("near_duplicates:\n  unitz: 3\n")
@@ -236,6 +318,41 @@ def test_settings_files(tmp_path):
     assert found.near_duplicates.minimum_similarity["code"] == .9 and found.decontamination.action == "cut"
     default = CleanSettings().near_duplicates.minimum_similarity
     assert found.near_duplicates.minimum_similarity == {**default, "code": .9}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("decontamination:", "decontamination is a NoneType"), ("- a", "is a list"), ("filters: 3", "filters=3 must be of"),
+    ("filters: {min_characters: ten}", "min_characters='ten' must be of type int"), ("skip: entropy", "skip='entropy'"),
+    ("near_duplicates: {minimum_similarity: {text: high}}", "minimum_similarity of text is 'high'"),
+    ("near_duplicates: {buckets: true}", "buckets=True must be of type int"),
+    ("decontamination: {tasks: mmlu}", "tasks='mmlu' must be of type list"),
+    ("decontamination: {common_share: x}", "common_share='x'"), ("filters: {max_parse_errors: {go: x}}", "go='x' must"),
+    ("decontamination: {benchmarks: [~/none.jsonl]}", "there is no file")])
+def test_settings_of_a_wrong_type_are_named(text, message, raw, tmp_path):
+    path = tmp_path / "clean.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        clean_corpus.make_plan(raw, tmp_path / "clean", read_settings(path, **{"decontamination.action": "cut"}))
+
+
+def test_settings_of_filters_as_yaml_writes_them(tmp_path):
+    path = tmp_path / "clean.yaml"
+    path.write_text("filters: {skip: [entropy], language_threshold: 1, max_parse_errors: {go: 0.5}}\nskip: [code]\n")
+    steps, decisive = clean_corpus.make_filters(read_settings(path))
+    assert not {"entropy", "code"} & set(dict(steps)) and decisive["language_threshold"] == 1
+
+
+def test_pipelines_that_another_executor_ran_are_published(small, tmp_path):
+    """As Slurm and Ray do it: all stages prepared, then each one's tasks, by nobody who notes the time."""
+    (raw, chosen), output = small, tmp_path / "clean"
+    _, stages = clean_corpus.make_plan(raw, output, chosen)
+    for stage in stages:
+        clean_stages.prepare(stage, output / "logs" / stage.name)
+    for stage in stages:
+        clean_stages.QuietExecutor(stage.pipeline, tasks=stage.tasks, workers=1,
+                                   logging_dir=str(output / "logs" / stage.name)).run()
+    clean(raw, tmp_path / "here", settings=chosen)
+    assert is_finished(output) and content(output) == content(tmp_path / "here")
 
 
 def test_slurm_executors_are_of_the_same_pipelines(raw, tmp_path):

@@ -1,6 +1,8 @@
 import collections
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +206,7 @@ def test_mixture_that_cannot_be_met(corpus, tmp_path, caplog):
 def test_a_killed_run_goes_on(corpus, tmp_path, monkeypatch):
     whole = prepare_corpus(tmp_path / "whole", corpus[0], vocab_size=600, progress=False)
     files = sum(len(document_folder.read_folder_manifest(corpus[0] / name)["files"]) for name in SOURCES)
-    code = ("import os, signal, sys; from data_scripts import corpus_documents, corpus_packing\n"
+    code = ("import os, signal; from data_scripts.packing import corpus_documents, corpus_packing\n"
             "save, calls = corpus_documents.packed_writer.save_array, []\n"
             "def killing(path, values):\n"
             "    save(path, values); calls.append(1)\n"
@@ -251,6 +253,72 @@ def test_unusable_corpora(corpus, tmp_path):
     (tmp_path / "clean" / "half" / "documents-00000.jsonl.zst").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="half has no manifest.json, which is written last"):
         prepare_corpus(tmp_path / "out", tmp_path / "clean")
+    shutil.rmtree(tmp_path / "clean")
+    write_corpus(tmp_path / "clean", {"a,b=c": ("text", 2)})
+    with pytest.raises(ValueError, match="source='a,b=c'; a name must consist of letters"):
+        prepare_corpus(tmp_path / "out", tmp_path / "clean")
+
+
+def test_a_source_with_nothing_held_out_or_nothing_taken(tmp_path, capsys, caplog):
+    write_corpus(tmp_path / "clean", {"prose": ("text", 60), "single": ("text", 1), "rest": ("text", 60)})
+    command = ["--corpus", str(tmp_path / "clean"), "--vocab_size", "400", "--output_dir"]
+    main([*command, str(tmp_path / "out"), "--max_tokens", "100"])  # the first document of one source is enough
+    shown, manifest = capsys.readouterr().out, json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["splits"]["validation"]["sources"]["single"]["tokens"] == 0
+    assert 0 in [counts["tokens"] for counts in manifest["splits"]["train"]["sources"].values()]
+    assert "single " in shown and "'single' has a single document, so none is held out" in caplog.text
+    for name in ("prose", "rest"):
+        shutil.rmtree(tmp_path / "clean" / name)
+    main([*command, str(tmp_path / "one")])
+    assert list(json.loads((tmp_path / "one" / "manifest.json").read_text())["splits"]) == ["train"]
+
+
+def test_a_file_that_changed_is_refused(tmp_path):
+    write_corpus(tmp_path / "clean", {"prose": ("text", 20)})
+    path = tmp_path / "clean" / "prose" / "documents-00000.jsonl.zst"
+    path.write_bytes(bytes(path.stat().st_size))  # of the size that the manifest says
+    with pytest.raises(ValueError, match="documents-00000.jsonl.zst has another sha256 than manifest.json records"):
+        prepare_corpus(tmp_path / "out", tmp_path / "clean", **OPTIONS)
+
+
+@pytest.mark.parametrize("value", ["hard", None, True])
+def test_a_difficulty_that_is_no_number_is_named(tmp_path, value):
+    with document_folder.building(tmp_path / "clean" / "a", source="a", kind="text") as writer:
+        writer.write("some text", "a/7", difficulty=value)
+    with pytest.raises(ValueError, match=rf"document 'a/7' has difficulty={value!r} in its metadata"):
+        prepare_corpus(tmp_path / "out", tmp_path / "clean", **OPTIONS)
+
+
+def test_few_files_are_open_whatever_the_number_of_sources(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "clean", {name: ("text", 12) for name in "abcdef"}, shard_characters=1_000)
+    before, most, real = len(os.listdir("/proc/self/fd")), [], os.pread
+    monkeypatch.setattr(corpus_documents, "OPEN_FILES", 4)
+    monkeypatch.setattr(os, "pread", lambda *a: most.append(len(os.listdir("/proc/self/fd"))) or real(*a))
+    prepare_corpus(tmp_path / "out", tmp_path / "clean", **OPTIONS)
+    assert len(most) == 72 and max(most) <= before + 8
+
+
+def test_copies_of_a_held_out_document_go_however_many_there_are(tmp_path):
+    rng, quoted = random.Random(4), sentences(random.Random(2), 60)
+    texts = [f"{sentences(rng, 60)}" for _ in range(100)] + [f"{quoted} {sentences(rng, 10)}" for _ in range(30)]
+    with document_folder.building(tmp_path / "clean" / "c", source="c", kind="text") as writer:
+        for number, text in enumerate(texts):
+            writer.write(text, str(number))
+    manifest = prepare_corpus(tmp_path / "out", tmp_path / "clean", vocab_size=400, progress=False,
+                              validation_fraction=0.2)
+    train, held_out = ([text for text, *_ in read_back(tmp_path / "out", manifest, split)]
+                       for split in ("train", "validation"))
+    assert any(quoted in text for text in held_out) and not any(quoted in text for text in train)
+    assert manifest["ngrams"]["too_common"] == 48 and len(set(train)) > 80
+
+
+def test_enough_is_held_out_of_long_documents(tmp_path):
+    rng = random.Random(6)
+    with document_folder.building(tmp_path / "clean" / "c", source="c", kind="text") as writer:
+        for number in range(60):
+            writer.write(sentences(rng, 1_000 if number else 100), str(number))
+    manifest = prepare_corpus(tmp_path / "out", tmp_path / "clean", vocab_size=400, progress=False)
+    assert 20_000 <= manifest["splits"]["validation"]["bytes"] < 30_000
 
 
 def test_key_set_is_a_set():

@@ -105,6 +105,15 @@ def test_the_span_is_the_passage(text):
     assert len(bounds) == 1 and overlap.units(text[slice(*bounds[0])]) == overlap.units(LONG)
 
 
+def test_marks_that_do_not_show_hide_nothing():
+    german = "Welche Straße führt am großen Schloß vorbei, und wie weit ist es von dort zum Fluß?"
+    for item, text in ((LONG, "".join(sign + "\u200b" for sign in LONG)), (LONG, LONG.replace("l", "l\u00ad")),
+                       (german, german.upper()), (german.replace("ß", "\u200bß"), german)):
+        known, text = index(item), FILLER + text + " " + FILLER
+        (begin, end), = _word_bounds(text, known.find(text))
+        assert text[begin:end] == text[len(FILLER):-len(FILLER) - 1].rstrip("?\u200b")
+
+
 def test_cutting_leaves_the_other_sentences():
     known, text = index(LONG), FILLER + LONG + " " + FILLER
     left = cut(text, _word_bounds(text, known.find(text)))
@@ -138,6 +147,7 @@ def test_generated_problems_are_judged_by_their_key(tmp_path):
         verdict = made.filter(document(candidate.prompt, task="chain_sum", key=candidate.key))
         assert (verdict is True) == (split_of(candidate.key) == "train")
     assert {split_of(candidate.key) for candidate in candidates} == {"train", "test"}
+    assert made.filter(document(FILLER, task=["qa"], key="k")) is True  # a column of that name in some data set
 
 
 def test_train_problems_share_the_wording_of_their_task_but_test_problems_are_found(tmp_path):

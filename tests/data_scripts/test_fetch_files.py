@@ -351,3 +351,29 @@ def test_inspection_hashes_what_was_read(tmp_path):
     assert (seen.sha256, seen.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
     with open(tmp_path / "a.txt", "rb") as file:
         assert "".join(decoded_chunks(file, seen)) == FRENCH * 3
+
+
+@pytest.mark.parametrize("name, data, kept", [
+    ("a.jsonl", b"[" * 200_000 + b'\n{"text": "fine"}\n', ["fine"]), ("a.json", b"[" * 200_000, []),
+    ("a.jsonl", b'{"n": ' + b"1" * 5_000 + b'}\n{"text": "fine"}\n', ["fine"]),
+    ("a.json", b'[{"text": "one"}, {"text": "two"},', ["one", "two"])])
+def test_odd_json_is_counted(tmp_path, name, data, kept):
+    (tmp_path / name).write_bytes(data)
+    reader = FileReader()
+    assert [text for _, text in reader.read(tmp_path / name)] == kept and sum(reader.left_out.values()) == 1
+
+
+def test_names_languages_and_saved_sets(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder * 20)
+    (tmp_path / "x" / os.fsdecode(b"b\xff.txt")).write_text("a name that is not UTF-8")
+    places = [f"{tmp_path}/x/", tmp_path / "y" / "a.txt"]
+    documents, _ = make(tmp_path, *places, languages=["en"])
+    assert [document["id"] for document in documents] == ["mine/1/a.txt#0", "mine/1/b\ufffd.txt#0", "mine/2/a.txt#0"]
+    documents, manifest = make(tmp_path, *places, languages=["de"])
+    assert manifest["languages"] == ["de"] and documents[0]["metadata"]["language"] == "de"
+    datasets = pytest.importorskip("datasets")
+    for text in ("before", "afterwards"):
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(tmp_path / "set")
+        assert [document["text"] for document in make(tmp_path, tmp_path / "set")[0]] == [text]

@@ -63,6 +63,8 @@ def test_a_sample_is_fair_and_keeps_to_the_cap():
     for path, text in random.Random(1).sample(files, len(files)):
         other.add(path, text, {})
     assert other.files() == sample.files(), "neither the files kept nor their order depend on the archive's order"
+    other.add("a/1", "x" * 100, {})
+    assert other.files() == sample.files() and other.repeated == 1, "met twice, kept once"
     smaller = Sample(10_000, seed=0)
     for path, text in files:
         smaller.add(path, text, {})
@@ -82,7 +84,9 @@ def test_files_are_left_out_for_a_reason(path, text, reason):
 @pytest.mark.parametrize("licence, fine", [
     ("MIT", True), ("BSD-3-Clause AND MIT", True), ("Apache Software License", True), ("GPL-3.0", False), ("", False),
     ("MIT OR GPL-2.0", False), ("GNU Lesser General Public License v3", False), ("NVIDIA Proprietary", False),
-    ("Mozilla Public License 2.0 (MPL 2.0)", False), ("PSF-2.0", True), ("Permitted", False), ("LimitedUse", False)])
+    ("Mozilla Public License 2.0 (MPL 2.0)", False), ("MIT AND EUPL-1.2", False), ("MIT AND Strange-1", False),
+    ("Apache-2.0 with Commons Clause", False), ("BSD-3-Clause AND CC-BY-NC-4.0", False), ("PSF-2.0", True),
+    ("Permitted", False), ("LimitedUse", False)])
 def test_only_permissive_licences_are_taken(licence, fine):
     assert is_permissive(licence) is fine
 
@@ -104,7 +108,7 @@ def test_sources_of_npm_packages_with_their_licence(tmp_path):
     assert found == [("rxjs/src/a.ts", LONG, {"path": "rxjs/src/a.ts", "language": "typescript",
                                               "licence": "Apache-2.0", "package": "rxjs 1.0"})]
     assert left_out["tests"] == 1 and left_out["compiled copies of the sources"] == 1
-    files["package/package.json"] = json.dumps({"license": "GPL-3.0"})
+    files["package/package.json"] = json.dumps({"author": {"license": "MIT"}, "license": "GPL-3.0"})
     left_out = Counter()
     assert not list(source_named(fetch_code, "typescript").documents(
         [package(tgz(tmp_path, "rxjs-1.0.tgz", files), "rxjs")], left_out))
@@ -124,6 +128,7 @@ def test_python_comes_from_the_running_environment_and_parses(tmp_path, monkeypa
     fetch_code.main(["--output_dir", str(tmp_path), "--only", "python", "--max_characters", "300000", "--seed", "3"])
     documents, manifest = list(read_documents(tmp_path / "python")), read_folder_manifest(tmp_path / "python")
     assert 200_000 < manifest["characters"] <= 300_000
+    assert manifest["settings"] == {"seed": 3} and manifest["command"].endswith("--seed 3")
     assert {"licence GPL or other", "copies of others and generated files"} <= set(manifest["left_out"])
     whole = [document for document in documents if "#" not in document["id"]]
     assert whole and all(ast.parse(document["text"]) for document in whole)
@@ -216,6 +221,8 @@ def test_help_pages_keep_paragraphs_and_lose_credits():
     <title>Energie</title><p>Drücken Sie <key>Strg</key>
       und <gui>Ende</gui>.</p><list><item><p>Eins</p></item><item><p>Zwei</p></item></list><screen>$ ls
   -l</screen></page>"""
+    inline = "<page><p>Type <code>ls</code> and <key>Enter</key>.</p><item><p>One</p></item></page>"
+    assert mallard_to_text(inline) == "Type ls and Enter.\n\nOne"
     assert mallard_to_text(page) == "Energie\n\nDrücken Sie Strg und Ende.\n\nEins\n\nZwei\n\n$ ls\n  -l"
 
 

@@ -1,5 +1,7 @@
 """Markup to text: what is said stays, what is layout goes."""
 
+import time
+
 import pytest
 
 from data_scripts.reading.man_text import NotText, arguments, man_to_text, unescape
@@ -155,3 +157,11 @@ def test_vim_help_loses_tags_and_modeline():
     source = ("*a.txt*  For Vim\n\n*tag*\nUse |:tcl| like this: >\n\t:tcl puts 2 * 3 * 4\n<\nDone.  *other*\n"
               " vim:tw=78:ts=8:\n")
     assert vim_help_to_text(source) == "  For Vim\n\nUse :tcl like this:\n        :tcl puts 2 * 3 * 4\n\nDone."
+
+
+@pytest.mark.parametrize("to_text, source", [
+    (rst_to_text, ":a" * 40_000), (vim_help_to_text, " \t" * 20_000 + "x"), (rst_to_text, " " * 40_000 + "x")])
+def test_long_runs_take_no_quadratic_time(to_text, source):
+    start = time.process_time()
+    to_text(source)
+    assert time.process_time() - start < 1

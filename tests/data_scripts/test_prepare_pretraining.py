@@ -225,6 +225,15 @@ def test_short_source_caps_the_total_or_is_repeated(tmp_path, caplog):
     assert repeated["splits"]["train"]["sources"]["short"]["epochs"] > 1.5
 
 
+def test_epochs_are_of_the_whole_source(tmp_path):
+    location = write_lines(tmp_path / "mine.jsonl", [sentences(random.Random(i), 10) for i in range(600)])
+    manifest = prepare(tmp_path / "out", sources={"mine": location}, vocab_size=300, validation_fraction=0,
+                       max_tokens=8_000, progress=False)
+    counts = manifest["splits"]["train"]["sources"]["mine"]
+    assert counts["documents"] < 400
+    assert counts["epochs"] == pytest.approx(counts["documents"] / 600, abs=1e-4)  # 512 were encoded
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(mixture={"text": 60, "code": 30}), r"text=60,code=30 sums to 90, must be 100"),
     (dict(mixture={"text": 100, "code": 0}), "every share must be above 0"),
@@ -258,6 +267,11 @@ def test_unusable_input(tmp_path):
 def test_command_line(tmp_path, capsys):
     with pytest.raises(ValueError, match="'code' is not NAME=PERCENT"):
         parse_mixture("text=60,code")
+    with pytest.raises(ValueError, match="names 'text' twice"):
+        parse_mixture("text=50,code=50,text=50")
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path / "out"), "--source", "mine=a.txt", "--source", "mine=b.txt"])
+    assert "two --source have one name" in capsys.readouterr().err
     (tmp_path / "bad.txt").write_bytes(b"\xff\xff")
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(sentences(random.Random(number)))

@@ -1,4 +1,10 @@
 import collections
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +12,7 @@ from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from torch.utils.data import BatchSampler, DataLoader
 
 from recipes.packed_rows import PackingCollator
-from recipes.row_order import RowOrder
+from recipes.row_order import PART, RowOrder
 from tests.recipes.tiny_run import LENGTH, RandomRows, tiny_trainer
 
 
@@ -69,6 +75,19 @@ def test_epochs_differ_and_file_order_is_kept():
         RowOrder(7, 8)
 
 
+def test_python_ints_are_made_a_part_at_a_time():
+    rows = 5 * PART + 3
+    tracemalloc.start()
+    order = RowOrder(rows, 8, seed=2)
+    iterator = iter(order)
+    first = next(iterator)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 40 * PART
+    whole = torch.randperm(rows, generator=torch.Generator().manual_seed(2 * 1_000_003)).tolist()
+    assert [first, *iterator] == whole[:rows // 8 * 8]
+
+
 class Recorded(RandomRows):
     """Rows that remember, and a curriculum."""
 
@@ -121,6 +140,51 @@ def test_trainer_resumes_with_the_same_rows_and_keeps_a_curriculum(tmp_path, cur
         split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         tiny_trainer(out, train_dataset=rest, resume_from_checkpoint="true", **options, **split).train()
         assert steps_of(rest.asked)[:5] == steps[4:]
+
+
+PROCESS = """
+import json, os, sys
+from pathlib import Path
+from tests.recipes.test_row_order import Recorded, stop_after
+from tests.recipes.tiny_run import tiny_trainer
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+for name, resume in (("ours", "false"), ("theirs", "true")):
+    rows = Recorded(False)
+    trainer = tiny_trainer(folder / name, train_dataset=rows, resume_from_checkpoint=resume,
+                           per_device_train_batch_size=1, gradient_accumulation_steps=2, **options)
+    if name == "ours":
+        stop_after(trainer, 4)
+    trainer.train()
+    (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(rows.asked))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_rows_of_one(tmp_path):
+    """Real processes over gloo: four steps by two and the rest by one, and the other way about; two epochs."""
+    options = dict(max_steps=9, eval_strategy="no", save_steps=4)
+    split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    whole, first, rest = (Recorded(False) for _ in range(3))
+    tiny_trainer(tmp_path / "whole", train_dataset=whole, **options, **split).train()
+    trainer = tiny_trainer(tmp_path / "theirs", train_dataset=first, **options, **split)
+    stop_after(trainer, 4)
+    trainer.train()
+    (tmp_path / "process.py").write_text(PROCESS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    subprocess.run([*launch, str(tmp_path / "process.py"), str(tmp_path), json.dumps(options)], check=True, cwd=root,
+                   timeout=120, env=environment)
+    tiny_trainer(tmp_path / "ours", train_dataset=rest, resume_from_checkpoint="true", **options, **split).train()
+
+    def by_two(name, steps):
+        ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        return [sorted(row for rows in ranks for row in rows[2 * step:2 * step + 2]) for step in range(steps)]
+
+    steps = steps_of(whole.asked)[:9]
+    assert len(whole) // 4 < 9 and len(set(map(tuple, steps))) == 9
+    assert by_two("ours", 4) + steps_of(rest.asked)[:5] == steps
+    assert steps_of(first.asked)[:4] + by_two("theirs", 5) == steps
 
 
 def stop_after(trainer, step):
