@@ -35,8 +35,8 @@ MANUAL_LANGUAGES = ("de", "es", "fr", "ja", "ru")
 HELP_LANGUAGES = ("as ca cs da de el es fa fi fr gl gu he hi hr hu id it ja kn ko lt lv mr nl pa pl pt ro ru sl sr sv "
                   "ta te tr uk vi zh").split()
 HANDBOOK_LANGUAGES = "ar ca cs de el es fa fr hr id it ja ko nb nl pl pt ro ru sv tr vi".split()
-GAME_LANGUAGES = ("af ang ar bg ca cs da de el eo es et eu fi fr ga gd gl grc he hr hu id is it ja ko la lt lv mk mr "
-                  "nb nl pl pt ro ru sk sl sr sv tl tr uk vi zh").split()
+GAME_LANGUAGES = ("af ang ar bg ca cs da de el en eo es et eu fi fr ga gd gl grc he hr hu id is it ja ko la lt lv mk "
+                  "mr nb nl pl pt ro ru sk sl sr sv tl tr uk vi zh").split()
 VERSE_LANGUAGES = "bn en es fr id ru sv tr ur zh".split()
 
 
@@ -121,6 +121,9 @@ def fortunes(packages, left_out):
     for package in packages:
         language = package.name.rsplit("-", 1)[1]
         for path, data in members(package, ["usr/share/games/fortunes/*"], left_out):
+            if "/off/" in path:  # the offensive ones, in ROT13
+                left_out["enciphered files"] += 1
+                continue
             text = None if path.endswith((".dat", ".u8")) else decode(data, left_out)
             if not text:
                 left_out["index files"] += 1
