@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from recipes.eval_tables import aligned
-from recipes.expert_loads import favourites, group_counts, max_over_mean
+from recipes.expert_loads import balance_plot, favourites, group_counts, heat_maps, max_over_mean
 from recipes.logging_callbacks import read_metrics
+from recipes.reporting import figures as figures_of_run
 
 STAGES = ("data", "nano", "small")
 SCRIPTS = ("english", "dictionaries", "manuals", "code", "chinese", "parallel", "mathematics")
@@ -103,6 +104,23 @@ def figures(folder):
     return "\n".join(parts)
 
 
+def write_plots(folder):
+    """Curves and expert loads of the finished runs as SVG files in their folders."""
+    for size in STAGES[1:]:
+        path = folder / f"run_{size}"
+        if not (path / "eval.json").is_file():
+            continue
+        result, config = json.loads((path / "eval.json").read_text()), yaml.safe_load((path / "config.yaml").read_text())
+        made = figures_of_run(read_metrics(path / "metrics.jsonl"), config["baselines"], config["model"], "pretrain",
+                              config["data"]["kinds"])
+        table = result["expert_load"]
+        grouped = group_counts(table, config["data"]["kinds"])
+        names = {"loss": made[0][0], "bits_per_byte": made[1][0], "balance": balance_plot(grouped)}
+        names["experts"] = heat_maps(table)[-1][0]  # of the last layer
+        for name, svg in names.items():
+            (path / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/corpus"))
@@ -118,6 +136,7 @@ def main(argv=None):
             steps = getattr(args, f"{size}_steps")
             train(folder, size, {"steps": steps, "warmup": lengths["warmup"], "decay": steps // 4})
     print(figures(folder))
+    write_plots(folder)
 
 
 if __name__ == "__main__":

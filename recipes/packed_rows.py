@@ -114,17 +114,21 @@ class PackedRows(Dataset):
         spans = [self._span(index) for index in indices]
         if any(end - begin < self.sequence_length for begin, end in spans):
             return [self[index] for index in indices]  # the padded end of an evaluation
-        input_ids = numpy.empty((len(spans), self.sequence_length), numpy.int64)
-        first = numpy.zeros(input_ids.shape, bool)
-        first[:, 0] = True
-        bounds = numpy.searchsorted(self._starts, numpy.asarray(spans))
-        for row, ((begin, end), (low, high)) in enumerate(zip(spans, bounds)):
-            input_ids[row] = self.tokens(begin, end)
-            first[row, self._starts[low:high] - begin] = True
-        place = numpy.arange(self.sequence_length)
-        starts = numpy.maximum.accumulate(numpy.where(first, place, 0), axis=1)
-        labels = numpy.where(first, IGNORED, input_ids)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": place - starts}
+        length, bounds = self.sequence_length, numpy.searchsorted(self._starts, numpy.asarray(spans)).tolist()
+        # One flat array for all rows: a row's first token is a first token, so nothing runs from row to row.
+        edges = [numpy.arange(0, len(spans) * length, length)]
+        edges += [self._starts[low:high] + (row * length - begin)
+                  for row, ((begin, _), (low, high)) in enumerate(zip(spans, bounds))]
+        edges, place = numpy.concatenate(edges), numpy.arange(len(spans) * length, dtype=numpy.int32)
+        starts = numpy.zeros_like(place)
+        starts[edges] = edges
+        starts = numpy.maximum.accumulate(starts)
+        input_ids = numpy.concatenate([self.tokens(*span) for span in spans]).astype(numpy.int64)
+        labels = input_ids.copy()
+        labels[edges] = IGNORED
+        positions = numpy.subtract(place, starts, dtype=numpy.int64)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        batch = {name: values.reshape(len(spans), length) for name, values in batch.items()}
         return RowBatch({name: torch.from_numpy(values) for name, values in batch.items()})
 
     def sources_of(self, index):

@@ -31,6 +31,7 @@ from recipes.report_page import facts_table, page, plot
 from recipes.reward_plots import UNITS, reward_curves, reward_rows, reward_section
 
 REPORT_FILE = "report.html"
+MANY_SOURCES = 10  # more than these get a table of their own, and curves by kind
 STAGES = {
     "pretrain": "Pretraining", "sft": "Supervised fine-tuning", "ppo": "Reinforcement learning (PPO)",
     "reward": "Reward model", "process_reward": "Process reward model",
@@ -71,11 +72,18 @@ def _series(records, name):
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _bits_per_byte_plot(evals, baselines):
-    curves = [("all sources", *_series(evals, "bits/byte"))]
+def _bits_per_byte_plot(evals, baselines, kinds):
+    """All sources together and each source; of a corpus of many, each kind, as the mean over its sources."""
+    curves, groups = [("all sources", *_series(evals, "bits/byte"))], {}
     for source in sorted({name for record in evals for name in record.get("bits/byte per source", {})}):
-        flat = [{"step": r["step"], "value": r.get("bits/byte per source", {}).get(source)} for r in evals]
-        curves.append((source, *_series(flat, "value")))
+        groups.setdefault(kinds.get(source, source), []).append(source)
+    for name, sources in groups.items():
+        label = name if sources == [name] else f"{name} ({len(sources)} sources)"
+        flat = []
+        for record in evals:
+            values = [v for k in sources if (v := record.get("bits/byte per source", {}).get(k)) is not None]
+            flat.append({"step": record["step"], "value": sum(values) / len(values) if values else None})
+        curves.append((label, *_series(flat, "value")))
     references = [(f"{name} ({value:.2f})", value) for name, value in baselines.items() if name != "uniform"]
     return plot(curves, "bits per byte", references or [("uniform bytes (8.00)", 8.0)])
 
@@ -93,7 +101,7 @@ def _load_plot(train, model):
     return plot(curves, "expert load, max / mean", references) if curves else None
 
 
-def figures(records, baselines, model=(), stage="pretrain"):
+def figures(records, baselines, model=(), stage="pretrain", kinds=()):
     """[(svg, caption)] of everything that the metrics hold."""
     train = [r for r in records if r["kind"] == "train"]
     evals = [r for r in records if r["kind"] == "eval"]
@@ -114,7 +122,7 @@ def figures(records, baselines, model=(), stage="pretrain"):
         made.append((plot(accuracy, "token accuracy"), caption))
     if any("bits/byte" in record for record in evals):
         caption = "Held-out text. Grey: the same text by token frequencies alone (unigram), and compressed by xz."
-        made.append((_bits_per_byte_plot(evals, baselines), caption))
+        made.append((_bits_per_byte_plot(evals, baselines, dict(kinds)), caption))
     simple = (
         ("lr", "learning rate", "Learning rate of the step.", False),
         ("grad", "gradient norm before clipping", "Gradient norm (L2, all parameters).", True),
@@ -140,6 +148,31 @@ def _read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _source_rows(label, sources):
+    """A row for each source; of many only the ends, since the page has a table of them."""
+    if len(sources) <= MANY_SOURCES:
+        return [(f"{label}, {name}", f"{value:.4f} bits per byte") for name, value in sources.items()]
+    ends = [f"{sources[name]:.4f} ({name})" for name in (choose(sources, key=sources.get) for choose in (min, max))]
+    return [(f"{label}, {len(sources)} sources", f"{' to '.join(ends)} bits per byte")]
+
+
+def _source_section(evaluation, config):
+    """Bits per byte of many sources as a table, by kind."""
+    found = {label: evaluation[key]["sources"] for key, label in (("weights", "weights"), ("ema", "averaged (EMA)"))
+             if evaluation.get(key)}
+    first, kinds = next(iter(found.values()), {}), config.get("data", {}).get("kinds", {})
+    if len(first) <= MANY_SOURCES:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("kind", "source", *found))
+    rows = "".join(
+        f"<tr><td>{html.escape(kinds.get(name, ''))}</td><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{values[name]:.4f}</td>" for values in found.values()) + "</tr>"
+        for name in sorted(first, key=lambda name: (kinds.get(name, ""), first[name]))
+    )  # fmt: skip
+    return (f"<h2>Held-out text, bits per byte</h2><section><details><summary>{len(first)} sources</summary>"
+            f"<table><tr>{head}</tr>{rows}</table></details></section>")
+
+
 def result_rows(records, evaluation, config):
     """[(label, text)] of the results table; also printed at the end of a run."""
     train = [r for r in records if r["kind"] == "train"]
@@ -155,7 +188,7 @@ def result_rows(records, evaluation, config):
         values = evaluation.get(key)
         if values:
             rows.append((label, f"{values['bits_per_byte']:.4f} bits per byte, loss {values['loss']:.4f}"))
-            rows += [(f"{label}, {name}", f"{value:.4f} bits per byte") for name, value in values["sources"].items()]
+            rows += _source_rows(label, values["sources"])
     if held_out := evaluation.get("held_out"):
         text = f"loss {held_out['loss']:.4f} nats per token, {held_out['token_accuracy']:.1%} of tokens right"
         rows.append(("held-out answers", text))
@@ -219,7 +252,8 @@ def build_report(run_dir):
     config, evaluation = _read_yaml(run_dir / "config.yaml"), _read_json(run_dir / "eval.json")
     plots = "".join(
         f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for svg, caption in figures(records, config.get("baselines", {}), config.get("model", {}), config.get("stage"))
+        for svg, caption in figures(records, config.get("baselines", {}), config.get("model", {}), config.get("stage"),
+                                    config.get("data", {}).get("kinds", {}))
     )
     facts = [("commit", config.get("commit", "unknown"))]
     facts += [(name, value) for name, value in config.get("sizes", {}).items()]
@@ -233,6 +267,7 @@ def build_report(run_dir):
         f"<h2>Results</h2><section>{facts_table(result_rows(records, evaluation, config))}</section>"
         f"<h2>Run</h2><section>{facts_table(facts)}</section>"
         f"<h2>Curves</h2><div class=plots>{plots}</div>"
+        + _source_section(evaluation, config)
         + _expert_section(evaluation, config)
         + reward_section(evaluation, run_dir)
         + before_and_after(evaluation.get("tasks", {}), run_dir)

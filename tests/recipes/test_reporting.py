@@ -96,3 +96,24 @@ def test_baselines_equal_plain_computations():
     data = "abab\nabé".encode()
     assert found["xz"] == 8 * len(lzma.compress(data, preset=9)) / len(data)
     assert text_baselines([], []) == {"uniform": 8.0}
+
+
+def test_many_sources_get_a_table_and_curves_by_kind(tmp_path, monkeypatch):
+    labels = []  # make_run has a source "code" of no kind, which joins those of its name
+    monkeypatch.setattr(reporting, "plot", lambda curves, *rest, **named: labels.extend(c[0] for c in curves) or "")
+    names = [f"source{number:02}" for number in range(12)]
+    kinds = {name: "code" if number % 3 == 0 else "text" for number, name in enumerate(names)}
+    folder, values = make_run(tmp_path), {name: 1 + number / 10 for number, name in enumerate(names)}
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"data": {"kinds": kinds}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    weights = {"bits_per_byte": 1.9, "loss": 2.0, "bytes": 10, "sources": values}
+    (folder / "eval.json").write_text(json.dumps({"step": 30, "weights": weights}))
+    record = eval_record(40, {"eval_loss": 2.0, "eval_bits_per_byte": 1.9} | {
+        f"eval_bits_per_byte_{name}": value for name, value in values.items()})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps(record))
+    text = build_report(folder)
+    assert "1.0000 (source00) to 2.1000 (source11) bits per byte" in text
+    assert "<td>code</td><td>source03</td><td>1.3000</td>" in text
+    assert {"code (5 sources)", "text (8 sources)"} <= set(labels) and "source05" not in labels
+    assert "held out, source05" not in text
