@@ -110,7 +110,8 @@ def write_plots(folder):
         path = folder / f"run_{size}"
         if not (path / "eval.json").is_file():
             continue
-        result, config = json.loads((path / "eval.json").read_text()), yaml.safe_load((path / "config.yaml").read_text())
+        result = json.loads((path / "eval.json").read_text())
+        config = yaml.safe_load((path / "config.yaml").read_text())
         made = figures_of_run(read_metrics(path / "metrics.jsonl"), config["baselines"], config["model"], "pretrain",
                               config["data"]["kinds"])
         table = result["expert_load"]
