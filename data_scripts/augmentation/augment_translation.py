@@ -60,12 +60,10 @@ _AUXILIARIES = frozenset("have has had having be is are was were been being".spl
 _NUMBER = r"(?= (?:a |some )?(?:\d|two|three|four|five|six|seven|eight|nine|ten|half|hundred|thousand|million))"
 _THE = r"(?:the|a|an|his|her|its|their|our|my|your|this|these)\b"
 _HE = r"(?:the|a|an|his|her|their|he|she|it|they|I|we|you|there)\b"
-_MUST = (r"must(?= (?!(?:have|not|also|the|a|an|I|you|he|she|it|we|they|this|that|always|never|first|then|be able)\b)"
-         r"[a-z])")
 _MANY = r"(?<!how )(?<!so )(?<!as )(?<!too )(?<!very )(?<!not )(?<!the )(?<!of )(?<!his )(?<!her )(?<!its )(?<!their )"
 PHRASES = [(re.compile(rf"\b{old}", re.IGNORECASE), new) for old, new in (
     (r"however(?=, )", "even so"), (r"despite(?= \w)", "in spite of"), (rf"due to(?= {_THE})", "because of"),
-    (r"such as(?= \w)", "like"), (_MUST, "has to"), (_MUST, "have to"), (r"indeed(?=, )", "in fact"),
+    (r"such as(?= \w)", "like"), (r"indeed(?=, )", "in fact"),
     (r"moreover(?=, )", "besides"), (r"additionally(?=, )", "besides"),
     (rf"(?<!even )(?<!as )though(?= {_HE})", "although"), (r"currently(?=, )", "at present"),
     (r"find out(?= \w)", "discover"), (r"finds out(?= \w)", "discovers"), (r"found out(?= \w)", "discovered"),
