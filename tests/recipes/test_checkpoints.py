@@ -132,7 +132,7 @@ def run_and_die(folder, target, count, monkeypatch):
         return os.waitstatus_to_exitcode(status)
     torch.set_num_threads(1)  # threads do not survive a fork
     try:
-        trainer = tiny_trainer(folder, ema_decay=0.9, save_total_limit=1)
+        trainer = tiny_trainer(folder, ema_decay=0.9, save_total_limit=1, metric_for_best_model=None)  # no best to keep
         saving, calls = trainer._save_checkpoint, [0]
 
         def save(*args, **kwargs):
@@ -165,7 +165,8 @@ def test_kill_during_a_save_leaves_a_good_checkpoint(point, tmp_path, monkeypatc
     assert path.name == ("checkpoint-4" if point == "rotation" else "checkpoint-2")
     assert all(MARKER in reason for _, reason in skipped)
     if point in ("optimizer", "rotation"):
-        tiny_trainer(folder, ema_decay=0.9, save_total_limit=1, resume_from_checkpoint="true").train()
+        tiny_trainer(folder, ema_decay=0.9, save_total_limit=1, metric_for_best_model=None,
+                     resume_from_checkpoint="true").train()
         assert losses(folder) == losses(full_run)
         assert [p.name for _, p in checkpoints.list_checkpoints(folder)] == ["checkpoint-6"]
 
@@ -333,7 +334,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path, monkeypatch):
     trainer = tiny_trainer(
         tmp_path, save_total_limit=2, load_best_model_at_end=True, greater_is_better=True, max_steps=8
     )
-    evaluation = iter((1.0, 3.0, 2.0, 1.0, 1.0))  # the last: at the end of the epoch
+    evaluation = iter((1.0, 3.0, 2.0, 2.0, 1.0, 1.0))  # the fourth and the last: at the end of an epoch
     trainer.evaluate = lambda **kwargs: {"eval_bits_per_byte": next(evaluation)}
     trainer.train()
     left = {path.name for _, path in checkpoints.list_checkpoints(tmp_path)}
