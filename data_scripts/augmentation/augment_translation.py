@@ -68,7 +68,7 @@ PHRASES = [(re.compile(rf"\b{old}", re.IGNORECASE), new) for old, new in (
     (rf"(?<!even )(?<!as )though(?= {_HE})", "although"), (r"currently(?=, )", "at present"),
     (r"find out(?= \w)", "discover"), (r"finds out(?= \w)", "discovers"), (r"found out(?= \w)", "discovered"),
     (r"in order to(?= \w)", "to"),
-    (rf"about{_NUMBER}", "roughly"), (r"along with(?= \w)", "together with"), (r"persons", "people"),
+    (rf"(?<!what )(?<!how )about{_NUMBER}", "roughly"), (r"along with(?= \w)", "together with"), (r"persons", "people"),
     (r"offspring", "descendants"), (rf"most of(?= {_THE})", "the majority of"),
     (rf"{_MANY}many(?= (?:people|men|women|children|[a-z]+[^s']s)\b)", "a lot of"),
     (r"(?<!almost )(?<!nearly )(?<!not )(?<!each and )every(?= (?:day|week|month|year|night|morning|time|season|game|"

@@ -336,3 +336,8 @@ def test_sentences_stay_apart_on_their_way():
     back = augment_translation.there_and_back(sentences)
     assert len(back) == 4 and "Anna" in back[2] and "1999" in back[2] and "cat" in back[1]
     assert back[1:3] == augment_translation.there_and_back(sentences[1:3])
+
+
+def test_the_about_of_a_question_is_no_number_word():
+    (about,) = [pattern for pattern, new in augment_translation.PHRASES if new == "roughly"]
+    assert about.search("It took about 3 days.") and not about.search("What about 3 cows?")
