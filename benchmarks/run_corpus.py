@@ -26,6 +26,7 @@ from recipes.reporting import figures as figures_of_run
 
 STAGES = ("data", "nano", "small")
 SCRIPTS = ("english", "dictionaries", "manuals", "code", "chinese", "parallel", "mathematics")
+MAX_TOKENS = 100_000_000  # a little more than one pass over the English text
 VOCABULARY = {"nano": 8_192, "small": 32_768}
 # Steps that fill the time on one H100 at the speed measured before (LOG.md).
 LENGTHS = {"nano": {"steps": 3_000, "warmup": 100}, "small": {"steps": 900, "warmup": 50}}
@@ -49,7 +50,7 @@ def make_data(folder):
             call("-m", "data_scripts.train_tokenizer", "--corpus", folder / "clean", "--vocab_size", vocabulary,
                  "--max_bytes", 100_000_000, "--output_dir", folder / f"tokenizer_{size}")
         call("-m", "data_scripts.prepare_pretraining", "--corpus", folder / "clean", "--from_folder",
-             folder / f"tokenizer_{size}", "--output_dir", folder / size)
+             folder / f"tokenizer_{size}", "--output_dir", folder / size, "--max_tokens", MAX_TOKENS)
     call("-m", "data_scripts.compare_tokenizers", "--corpus", folder / "clean", "--tokenizer", "r1", "--tokenizer",
          f"ours={folder / 'tokenizer_small'}", "--output", folder / "tokenizers.json")
     call("-m", "data_scripts.corpus_report", folder / "clean", "--packed", folder / "small", "--tokenizers",
