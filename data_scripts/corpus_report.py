@@ -114,7 +114,7 @@ def table(head, rows):
 
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{show(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return f"<div style='overflow-x:auto'><table><tr>{cells}</tr>{body}</table></div>"
 
 
 def source_table(manifests, packed):
@@ -159,7 +159,8 @@ def removed_by_source(report, manifests):
         for step in report["steps"]:
             part = step["sources"].get(source)
             lost = part["characters_in"] - part["characters_out"] if part else 0
-            row.append(f"{lost / part['characters_in']:.1%}" if part and lost > 0 else "")
+            share = lost / part["characters_in"] if lost > 0 else 0
+            row.append(f"{share:.1%}" if share >= 0.0005 else "< 0.1%" if share else "")
         rows.append(row)
     return table(["source", *names], rows)
 
