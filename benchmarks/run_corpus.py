@@ -19,6 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.run_nano import training_summary
 from recipes.eval_tables import aligned
 from recipes.expert_loads import balance_plot, favourites, group_counts, heat_maps, max_over_mean
 from recipes.logging_callbacks import read_metrics
@@ -28,8 +29,8 @@ STAGES = ("data", "nano", "small")
 SCRIPTS = ("english", "dictionaries", "manuals", "code", "chinese", "parallel", "mathematics")
 MAX_TOKENS = 100_000_000  # a little more than one pass over the English text
 VOCABULARY = {"nano": 8_192, "small": 32_768}
-# Steps that fill the time on one H100 at the speed measured before (LOG.md).
-LENGTHS = {"nano": {"steps": 3_000, "warmup": 100}, "small": {"steps": 900, "warmup": 50}}
+# Steps that take five and ten minutes of one H100 (LOG.md).
+LENGTHS = {"nano": {"steps": 4_050, "warmup": 100}, "small": {"steps": 600, "warmup": 50}}
 
 
 def call(*command):
@@ -88,15 +89,9 @@ def figures(folder):
             continue
         result = json.loads((path / "eval.json").read_text())
         records = [record for record in read_metrics(path / "metrics.jsonl") if record["kind"] == "train"]
-        pairs = zip([{"step": 0}, *records], records)
-        seconds = sum(r["step_seconds"] * (r["step"] - last["step"]) for last, r in pairs if r.get("step_seconds"))
-        speeds = sorted(record["tok/s"] for record in records if record.get("tok/s"))
-        mfu = sorted(record["mfu"] for record in records if record.get("mfu"))
         weights = result.get("ema", result["weights"])
-        parts.append(f"{size}: {records[-1]['step']:,} steps, {sum(r['tokens'] for r in records):,} tokens in "
-                     f"{seconds:.0f} s of training, median {speeds[len(speeds) // 2]:,.0f} tokens/s"
-                     + (f", MFU {mfu[len(mfu) // 2]:.1%}" if mfu else "")
-                     + f"; load max/mean in training, last log: {records[-1].get('load max/mean', float('nan')):.2f}")
+        parts.append(f"{size}: {training_summary(path)}; load max/mean in training, last log: "
+                     f"{records[-1].get('load max/mean', float('nan')):.2f}")
         parts.append(f"{size}: {weights['bits_per_byte']:.4f} bits per byte held out")
         kinds = yaml.safe_load((path / "config.yaml").read_text())["data"].get("kinds", {})
         rows = sorted((kinds.get(name, ""), name, f"{value:.3f}") for name, value in weights["sources"].items())

@@ -40,6 +40,18 @@ def run(folder, stages):
              "--resume_from_checkpoint", "auto")
 
 
+def training_summary(path):
+    """Tokens, seconds without evaluation and saving, and speed of a run folder, as text."""
+    records = [record for record in read_metrics(path / "metrics.jsonl") if record["kind"] == "train"]
+    pairs = zip([{"step": 0}, *records], records)
+    seconds = sum(r["step_seconds"] * (r["step"] - last["step"]) for last, r in pairs if r.get("step_seconds"))
+    text = f"{records[-1]['step']:,} steps, {sum(r['tokens'] for r in records):,} tokens in {seconds:.0f} s of training"
+    for name, form in (("tok/s", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")):
+        if found := sorted(record[name] for record in records if record.get(name)):
+            text += ", median " + form.format(found[len(found) // 2])
+    return text
+
+
 def figures(folder, leave_out=()):
     """The quoted figures of the stages that are there, as text; tasks in `leave_out` are not in the mean."""
     parts = []
@@ -48,12 +60,7 @@ def figures(folder, leave_out=()):
         if not (path / "eval.json").is_file():
             continue
         result = json.loads((path / "eval.json").read_text())
-        records = [record for record in read_metrics(path / "metrics.jsonl") if record["kind"] == "train"]
-        pairs = zip([{"step": 0}, *records], records)
-        seconds = sum(r["step_seconds"] * (r["step"] - last["step"]) for last, r in pairs if r.get("step_seconds"))
-        speeds = sorted(record["tok/s"] for record in records if record.get("tok/s"))
-        parts.append(f"{stage}: {sum(r['tokens'] for r in records):,} tokens in {seconds:.0f} s of training, median "
-                     f"{speeds[len(speeds) // 2]:,.0f} tokens/s")
+        parts.append(f"{stage}: {training_summary(path)}")
         if "weights" in result:
             parts.append(f"{stage}: {result['weights']['bits_per_byte']:.3f} bits per byte held out")
         if "tasks" in result:

@@ -162,11 +162,8 @@ def write_split(rows, path):
 
 def read_finished(folder, fingerprint):
     """The manifest of a finished set made with these settings whose files are intact, else None."""
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if (manifest.get("format"), manifest.get("version"), manifest.get("fingerprint")) != (FORMAT, VERSION, fingerprint):
+    manifest = packed_writer.manifest_made_with(folder, FORMAT, VERSION, fingerprint)
+    if manifest is None:
         return None
     files = {split: Path(folder) / f"{split}.jsonl" for split in SPLITS}
     intact = all(file.is_file() and packed_writer.file_sha256(file) == manifest["splits"][split]["sha256"]

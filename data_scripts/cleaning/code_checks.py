@@ -11,7 +11,8 @@ import json
 import re
 import warnings
 
-from data_scripts.cleaning.corpus_blocks import DocumentEditor, DocumentFilter, check_share, kind_of, require
+from data_scripts.cleaning.corpus_blocks import DocumentEditor, DocumentFilter, check_share, kind_of
+from data_scripts.optional_packages import require
 
 # language: (module, function that gives its grammar)
 GRAMMARS = {"c": ("tree_sitter_c", "language"), "cpp": ("tree_sitter_cpp", "language"),

@@ -4,7 +4,6 @@ A filter answers True or (False, reason); an editor changes a document and count
 the workers, so they hold plain settings and load models at first use. The driver sets `exclusion_writer`.
 """
 
-import importlib
 
 try:
     from datatrove.pipeline.base import PipelineStep
@@ -15,19 +14,6 @@ except ImportError as error:
 PROSE = ("text", "multilingual")  # kinds that consist of sentences
 KINDS = (*PROSE, "code", "mathematics")
 SAMPLE, SAMPLES = 6_000, 5        # characters and number of the passages by which a long document is judged
-
-
-def require(module):
-    """The optional module of this name.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this step needs the package {module.partition('.')[0]!r} ({error}): "
-                          "pip install -e '.[corpus]'") from error
 
 
 def kind_of(document):

@@ -7,7 +7,8 @@ LanguageFilter fetches its model at run time. Short texts are beyond any model: 
 
 import re
 
-from data_scripts.cleaning.corpus_blocks import PROSE, DocumentFilter, check_share, passages, require
+from data_scripts.cleaning.corpus_blocks import PROSE, DocumentFilter, check_share, passages
+from data_scripts.optional_packages import require
 
 NOT_LETTERS = re.compile(r"[\W\d_]+")
 KANA, HANGUL = re.compile("[\u3040-\u30ff]"), re.compile("[\u1100-\u11ff\uac00-\ud7af]")

@@ -21,8 +21,8 @@ from data_scripts.cleaning.corpus_blocks import (
     check_share,
     kind_of,
     passages,
-    require,
 )
+from data_scripts.optional_packages import require
 
 # Controls but tab and newline; C1 controls are ftfy's (they stand for Windows-1252 letters), dropped if it leaves them.
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]")

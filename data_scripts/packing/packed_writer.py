@@ -215,13 +215,18 @@ def recorded_sums(manifest):
     return sums
 
 
+def manifest_made_with(folder, form, version, fingerprint):
+    """The manifest of a folder if it is of this format and version and made with these settings, else None."""
+    path = Path(folder) / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = (manifest.get("format"), manifest.get("version"), manifest.get("fingerprint"))
+    return manifest if found == (form, version, fingerprint) else None
+
+
 def read_finished(folder, fingerprint):
     """The manifest of a complete data set made with these settings whose files all match, else None."""
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if (manifest.get("format"), manifest.get("version"), manifest.get("fingerprint")) != (FORMAT, VERSION, fingerprint):
+    path, manifest = Path(folder) / "manifest.json", manifest_made_with(folder, FORMAT, VERSION, fingerprint)
+    if manifest is None:
         return None
     intact = all((path.parent / name).is_file() and file_sha256(path.parent / name) == value
                  for name, value in recorded_sums(manifest).items())

@@ -7,6 +7,8 @@ nearly as they are: directives, labels and comments go, what they mark stays.
 
 import re
 
+from data_scripts.optional_packages import require
+
 # Navigation, search boxes and permanent links in the layouts of Sphinx, DocBook, rustdoc, mdBook, Qt, Drupal, Haddock.
 NOT_CONTENT = (
     "script", "style", "nav", "footer", "noscript", "button", "[role=navigation]", "[role=search]", ".navheader",
@@ -18,17 +20,6 @@ NOT_CONTENT = (
     "#footer-text", ".sk-sidebar-toc-wrapper", ".sphx-glr-footer", ".sphx-glr-download-link-note", ".toc-btn",
     ".mini_nav", ".footer-bar", "#toctitle", ".toc",
 )
-
-
-def need(module, what):
-    """Import an optional package of the corpus scripts, or say how it is installed."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module.split('.')[0]} is not installed; it is needed for {what}: "
-                          "pip install -e '.[corpus]'") from error
 
 
 def tidy(text):
@@ -45,8 +36,8 @@ def html_to_text(html, remove=(), main_content=True):
         remove: CSS selectors of elements that are no content, beside those of `NOT_CONTENT`.
         main_content: leave out what resiliparse's rules take for navigation and adverts.
     """
-    parse = need("resiliparse.parse.html", "reading HTML")
-    extract = need("resiliparse.extract.html2text", "reading HTML")
+    parse = require("resiliparse.parse.html", "reading HTML")
+    extract = require("resiliparse.extract.html2text", "reading HTML")
     # The types of arguments stand right beside their names in Sphinx's pages.
     html = re.sub(r'<span class="classifier">', r"<span> : ", html)
     # Formulas that were made into pictures have their LaTeX as alternative text.

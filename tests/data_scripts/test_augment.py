@@ -10,8 +10,16 @@ from data_scripts.augmentation import augment_translation
 from data_scripts.augmentation.augment_english import WordNet, WordPairs, inflect
 from data_scripts.augmentation.augment_protected import operands, user_texts
 from data_scripts.augmentation.augment_synonyms import Synonyms
-from data_scripts.augmentation.augment_syntax import (adverbial, clause, contraction, expansion, instructions,
-                                                      particle, politeness, that)
+from data_scripts.augmentation.augment_syntax import (
+    adverbial,
+    clause,
+    contraction,
+    expansion,
+    instructions,
+    particle,
+    politeness,
+    that,
+)
 from data_scripts.augmentation.augment_translation import BackTranslation
 from data_scripts.prepare_sft import key_of, side_of
 from recipes.task_puzzles import PUZZLE_TASKS
