@@ -4,6 +4,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .decoding_attention import absorbed_attention, causal_chunk_attention
+from .decoding_cache import PrefillView
+from .experts import compute_dtype
+from .linear_weights import is_plain
 from .norms import DeepSeekR1RMSNorm
 from .rotary import rotate, softmax_scale
 
@@ -81,20 +85,43 @@ class DeepSeekR1LatentAttention(nn.Module):
         keys = torch.cat((key_nope, key_rope.to(key_nope.dtype).expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         return keys, values
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
-        query_nope, query_rope = self.project_queries(hidden_states).split(
-            (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1
+    def absorbs(self, query, latent, attention_mask):
+        """Whether queries come to the cached latents instead of the latents being expanded: the same sums in another
+        order (V2, Sec. 2.1.2), cheaper for few queries. Reads `kv_b_proj.weight`, so nothing may wrap that layer."""
+        if attention_mask is None and query.shape[2] > 1:  # causal from the first key on, as into a static cache
+            return False
+        config = self.config
+        if config._attn_implementation != "sdpa" or torch.is_grad_enabled() or not is_plain(self.kv_b_proj):
+            return False
+        weight, expanded = self.kv_b_proj.weight, config.qk_nope_head_dim + config.v_head_dim
+        return (
+            weight.shape[0] == query.shape[1] * expanded
+            and weight.dtype == query.dtype == latent.dtype
+            and query.shape[2] * (2 * config.kv_lora_rank - expanded) < config.kv_lora_rank * expanded
+            and query.shape[2] < latent.shape[2]
         )
-        query_rope = rotate(query_rope, cos, sin, self.config.rope_interleave)
-        queries = torch.cat((query_nope, query_rope.to(query_nope.dtype)), dim=-1)
 
-        latent, key_rope = self.compress(hidden_states)
-        key_rope = rotate(key_rope, cos, sin, self.config.rope_interleave)
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+    def attend_absorbed(self, query_nope, query_rope, latent, key_rope, attention_mask):
+        """(B, H, S, nope), (B, H, S, R), cached (B, 1, T, r) and (B, 1, T, R) -> (B, S, H, v)."""
+        if attention_mask is not None and query_nope.shape[2] > 1:
+            # A padded position may see nothing at all: -inf everywhere would make it, and what reads it, NaN.
+            lowest = torch.finfo(query_nope.dtype).min / 2
+            if attention_mask.dtype == torch.bool:
+                attention_mask = torch.zeros_like(attention_mask, dtype=query_nope.dtype).masked_fill(
+                    ~attention_mask, lowest
+                )
+            attention_mask = attention_mask.clamp(min=lowest)
+        by_key, by_value = self.kv_b_proj.weight.unflatten(0, (query_nope.shape[1], -1)).split(
+            (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1
+        )
+        attended = absorbed_attention(
+            query_nope @ by_key, query_rope, latent.squeeze(1), key_rope.squeeze(1), self.scaling, attention_mask
+        )
+        return (attended @ by_value.transpose(1, 2)).transpose(1, 2)
+
+    def attend_expanded(self, queries, latent, key_rope, attention_mask, **kwargs):
+        """(B, H, S, nope + R), (B, 1, T, r), (B, 1, T, R) -> (B, S, H, v) and weights or None."""
         keys, values = self.expand(latent, key_rope)
-
         implementation = self.config._attn_implementation
         # On a CPU, torch's fused kernel takes values only as wide as keys, and falls back to one 2 x slower.
         pad = implementation == "sdpa" and values.device.type == "cpu" and queries.shape[2] > 1
@@ -111,7 +138,30 @@ class DeepSeekR1LatentAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = output[..., : self.config.v_head_dim] if missing_width > 0 else output
+        return output[..., : self.config.v_head_dim] if missing_width > 0 else output, weights
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
+        query_nope, query_rope = self.project_queries(hidden_states).split(
+            (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1
+        )
+        query_rope = rotate(query_rope, cos, sin, self.config.rope_interleave).to(query_nope.dtype)
+        latent, key_rope = self.compress(hidden_states)
+        key_rope = rotate(key_rope, cos, sin, self.config.rope_interleave)
+
+        weights = None
+        if isinstance(past_key_values, PrefillView):
+            dtype = compute_dtype(hidden_states)
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx, dtype)
+        elif past_key_values is not None:
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        queries = torch.cat((query_nope, query_rope), dim=-1)
+        if isinstance(past_key_values, PrefillView) and past_key_values.start:
+            output = causal_chunk_attention(queries, *self.expand(latent, key_rope), self.scaling).transpose(1, 2)
+        elif past_key_values is not None and self.absorbs(queries, latent, attention_mask):
+            output = self.attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
+        else:
+            output, weights = self.attend_expanded(queries, latent, key_rope, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
 

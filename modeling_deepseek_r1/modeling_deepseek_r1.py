@@ -19,6 +19,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import DeepSeekR1LatentAttention
 from .configuration_deepseek_r1 import DeepSeekR1Config
 from .decoder import DeepSeekR1DecoderLayer
+from .decoding import FastGenerationMixin
+from .decoding_cache import PrefillView
 from .experts import DeepSeekR1Experts
 from .layout import CheckpointLayoutMixin, register_with_library
 from .losses import linear_cross_entropy
@@ -167,12 +169,17 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + seen
+        if isinstance(past_key_values, PrefillView):
+            # The attention itself knows where a chunk of a prompt stands; documents are never packed here.
+            attention_mask, past_key_values, mask_positions = None, None, None
+        else:
+            mask_positions = position_ids
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=mask_positions,
         )
         segment_ids = None
         if not (self.training and torch.is_grad_enabled()):
@@ -223,7 +230,7 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
+class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, GenerationMixin):
     """The language model, with its multi-token-prediction layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -269,7 +276,8 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
         Args:
             labels: (B, S) int64, aligned with `input_ids` (position i is trained to give labels[i + 1]); -100 is
                 ignored, and so is whatever lies in another document of a packed row.
-            logits_to_keep: make logits of the last n positions only (or of these indices); 0: of all.
+            logits_to_keep: make logits of the last n positions only, of these indices, or, for a (B, n) int64 tensor,
+                of these positions of each row; 0: of all.
             num_items_in_batch: tokens that the summed loss is divided by, as trainers pass it under gradient
                 accumulation; None: the labels in this batch.
             skip_logits: make no logits; None: skip them in training when labels are given, where the loss is computed
@@ -291,7 +299,13 @@ class DeepSeekR1ForCausalLM(DeepSeekR1PreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if skip_logits is None:
             skip_logits = self.training and labels is not None
-        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if skip_logits:
+            logits = None
+        elif isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2:
+            kept = logits_to_keep.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+            logits = self.lm_head(hidden_states.gather(1, kept))
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
 
         losses = {}
         if labels is not None:

@@ -111,7 +111,11 @@ class Prompt:
 
 
 class ChatModel:
-    """Prompts within the context, and answers piece by piece from a thread that can be stopped."""
+    """Prompts within the context, and answers piece by piece from a thread that can be stopped.
+
+    Every turn reads the conversation anew. The template drops earlier reasoning, so that little of a cache would hold,
+    and a DeepSeek-R1 model decodes by its fast path only in a cache of its own (docs/generation.md).
+    """
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args

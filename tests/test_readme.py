@@ -82,15 +82,39 @@ def results(folder):
     return json.loads((Path(folder) / "eval.json").read_text())
 
 
-def test_example(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "example.py").write_text(example)
-    names = runpy.run_path(str(tmp_path / "example.py"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "my-r1").eval()
+def run_example(block, folder):
+    """The names that a Python block leaves behind, run in `folder`."""
+    (folder / "example.py").write_text(block)
+    return runpy.run_path(str(folder / "example.py"))
+
+
+@pytest.fixture(scope="module")
+def first_example(tmp_path_factory):
+    """(folder with the saved model, names) of the example that opens the README."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("example")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, run_example(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], folder)
+
+
+def test_example(first_example):
+    folder, names = first_example
+    again = AutoModelForCausalLM.from_pretrained(folder / "my-r1").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(names["ids"]).logits, names["model"].eval()(names["ids"]).logits)
     assert names["model"].expert_load and any(r.e_score_correction_bias.any() for r in again.routers.values())
+
+
+def test_generation(first_example, monkeypatch, capsys):
+    """The example of that section, on the model that the first one saves."""
+    folder, _ = first_example
+    monkeypatch.chdir(folder)
+    block = re.search(r"<!-- test: generation -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    names = run_example(block.replace("max_new_tokens=64", "max_new_tokens=6"), folder)
+    assert names["tokens"].shape == names["drafted"].shape == (4, 38)
+    assert [len(answer.generated_tokens) for answer in names["answers"].values()] == [6, 6]
+    assert f"{torch.Size([4, 37, 2, 4])} {torch.Size([4, 6])}" in capsys.readouterr().out
 
 
 def test_own_text_then_released_weights(workplace):

@@ -1,0 +1,44 @@
+"""When a module's weight may be read without calling the module, and what to read when it may not."""
+
+import torch
+from torch import nn
+
+# Forward hooks that change nothing in generation: the library's recording of hidden states, which stays installed
+# after its first use, and the one by which gradients reach adapters through a frozen embedding.
+HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grad")
+
+
+def is_intercepted(module):
+    """Whether something stands between a caller and the module's class: hooks, or a `forward` of the instance's own
+    (how accelerate offloads, and how kernels are swapped in)."""
+    hooks = [hook for hook in module._forward_hooks.values()
+             if not getattr(hook, "__name__", "").startswith(HARMLESS_HOOKS)]
+    return bool(hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_bare(module):
+    """Whether calling a module does just what its class says, with its own parameters."""
+    return not (is_intercepted(module) or "parametrizations" in module._modules)
+
+
+def is_plain(module):
+    """Whether a module is exactly a bias-free linear layer that nothing wraps, hooks into or shards."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and type(module.weight.data) is torch.Tensor
+        and module.bias is None
+        and is_bare(module)
+    )
+
+
+def effective_weight(linear, in_features, dtype, device):
+    """(out, in_features) matrix of a bias-free linear map, with whatever an adapter or a quantised layer makes of it.
+
+    `dtype`: of the inputs that the layer is asked with, where its weights do not say."""
+    if is_plain(linear):
+        return linear.weight
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        dtype = weight.dtype
+    return linear(torch.eye(in_features, dtype=dtype, device=device)).t()
