@@ -359,7 +359,8 @@ TEXTS = (
 
 
 def mtp(bench, who, name):
-    """Drafting with the MTP layers of a trained model, greedy, batch 1, over `TEXTS`."""
+    """Drafting with the MTP layers of a trained model, greedy, batch 1, over `TEXTS`; reading the prompts drops out of
+    the times as in the decoding cases."""
     if who == "library":
         return
     if bench.model is None:
@@ -368,33 +369,41 @@ def mtp(bench, who, name):
 
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     model = DeepSeekR1ForCausalLM.from_pretrained(bench.model, dtype=bench.dtype).to(bench.device).eval()
-    room = model.config.max_position_embeddings
-    prompts = [tokenizer(text, return_tensors="pt").input_ids.to(bench.device) for text in TEXTS]
-    tokens = min(bench.scaled(256, 8), room - max(ids.shape[1] for ids in prompts) - 8)
-    outputs, plain = {}, None
+    prompts = [mtp_prompt(tokenizer, text).to(bench.device) for text in TEXTS]
+    room = model.config.max_position_embeddings - max(ids.shape[1] for ids in prompts)
+    tokens, outputs, plain = min(bench.scaled(264, SHORT + 4), room), {}, None
     for drafts in (0, 1, 2, 3):
         model.decoding.drafts = max(drafts, 1)
         settings = {"use_mtp": True} if drafts else {}
-        counted = {"drafted": 0, "accepted": 0}
 
-        def call():
-            outputs[drafts] = []
-            for ids in prompts:
-                outputs[drafts].append(generate(model, ids, tokens, **settings))
-                for key in counted:
-                    counted[key] += model.decoding_statistics[key] if drafts else 0
+        def call(new):
+            found = [(generate(model, ids, new, **settings), dict(model.decoding_statistics)) for ids in prompts]
+            outputs[drafts] = [tokens for tokens, _ in found]
+            return {key: sum(counts.get(key, 0) for _, counts in found) for key in ("drafted", "accepted", "steps")}
 
-        call()
-        seconds = bench.median(call)
-        speed = tokens * len(prompts) / seconds
-        plain = plain or speed
-        line = {"how": f"{drafts} drafts" if drafts else "no drafts", "tokens_per_second": speed,
-                "ms_per_token": 1e3 / speed}  # fmt: skip
+        call(SHORT)
+        counted = call(tokens)
+        long = bench.median(lambda: call(tokens))
+        seconds = long - bench.median(lambda: call(SHORT))
+        call(tokens)
+        new = (tokens - SHORT) * len(prompts)
+        plain = plain or new / seconds
+        line = {"how": f"{drafts} drafts" if drafts else "no drafts", "tokens_per_second": new / seconds,
+                "ms_per_token": 1e3 * seconds / new, "call_s": long / len(prompts)}  # fmt: skip
         if drafts:
             pairs = list(zip(outputs[0], outputs[drafts]))
-            line |= {"times_no_drafts": speed / plain, "acceptance": counted["accepted"] / max(counted["drafted"], 1),
+            line |= {"times_no_drafts": new / seconds / plain, "steps": counted["steps"],
+                     "acceptance": counted["accepted"] / max(counted["drafted"], 1),
                      "equal_outputs": f"{sum(torch.equal(*pair) for pair in pairs)} of {len(pairs)}"}  # fmt: skip
         yield line
+
+
+def mtp_prompt(tokenizer, text):
+    """(1, S) ids of a text, as a user's turn where the model knows a conversation's form."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                             tokenize=False)  # fmt: skip
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
 
 
 # ---------------------------------------------------------------- a CPU

@@ -229,6 +229,13 @@ class FastGenerationMixin:
             return DecodingLoop(self, input_ids, model_kwargs.get("attention_mask"), logits_processor, criteria,
                                 generation_config, max_length, end_tokens, streamer).run()
 
+    def _beam_search(self, input_ids, *args, **kwargs):
+        """The library's, which says so once: its beams reorder a cache at every step."""
+        if self.decoding.enabled:
+            tell_once(f"{type(self).__name__} decodes by the library's loop: it searches no beams")
+        with self._library_turn():
+            return super()._beam_search(input_ids, *args, **kwargs)
+
     def generate_batch(self, inputs, generation_config=None, continuous_batching_config=None, record_timestamps=False,
                        progress_bar=False, persistent_manager=False, warmup=True, **kwargs):
         """Generates for many prompts at once, in bounded memory, as the library's method of this name.
@@ -284,6 +291,9 @@ class FastGenerationMixin:
         """
         config = generation_config
         if assistant_model is not None or config.prompt_lookup_num_tokens or config.assistant_early_exit:
+            if self.decoding.enabled:
+                tell_once(f"{type(self).__name__} decodes by the library's loop: drafts come from elsewhere than its "
+                          "own multi-token-prediction layers")
             return super()._assisted_decoding(
                 input_ids, logits_processor, stopping_criteria, config, synced_gpus=synced_gpus, streamer=streamer,
                 inputs_tensor=inputs_tensor, assistant_model=assistant_model, assistant_tokenizer=assistant_tokenizer,

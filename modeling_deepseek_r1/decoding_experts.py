@@ -7,7 +7,12 @@ are described, and rounds to the tensors' dtype where the kernel does; all else 
 import torch
 import torch.nn.functional as F
 
-from .experts import compute_dtype
+try:
+    import triton
+except ImportError:
+    triton = None
+
+from .experts import EXPERTS, compute_dtype, grouped_mm_experts_forward
 
 
 def _norm(x, weight, eps):
@@ -144,3 +149,32 @@ def experts_few_tokens(hidden_states, top_k_index, top_k_weights, experts_module
         parts.append(F.linear(act(gate) * up, down[expert].to(dtype)))
     result = torch.cat(parts).float() * top_k_weights.flatten()[order].float().unsqueeze(-1)
     return output.index_add(0, token, result).to(hidden_states.dtype)
+
+
+# Tokens up to which the kernels' lists are faster than sorting, gathering and the grouped matmul; on an H100 (reference
+# config, bf16) 5.8 times at 1 token, 2 at 1,024, 1.4 at 4,096: `benchmarks/bench_generate.py --cases experts`.
+LISTS_UP_TO = 4096
+
+
+def experts_without_gradients(self, hidden_states, top_k_index, top_k_weights):
+    """The entry "grouped_mm": short prompts and evaluation on a GPU go through the decoding kernels, all else through
+    the grouped matmul. As `DeepSeekR1Experts.forward`."""
+    weights = (self.gate_up_proj, self.down_proj)
+    if (
+        hidden_states.is_cuda
+        and not torch.is_grad_enabled()
+        and len(hidden_states) <= LISTS_UP_TO
+        and triton is not None
+        and not torch.compiler.is_compiling()
+        and hidden_states.dtype in (torch.bfloat16, torch.float16)
+        and all(type(weight.data) is torch.Tensor and weight.dtype == hidden_states.dtype for weight in weights)
+        and compute_dtype(hidden_states) == hidden_states.dtype
+    ):
+        from .kernels_experts import SILU, decode_experts  # it reads this file
+
+        if isinstance(self.act_fn, SILU):
+            return decode_experts(self, hidden_states, top_k_index, top_k_weights)
+    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+EXPERTS["grouped_mm"] = experts_without_gradients

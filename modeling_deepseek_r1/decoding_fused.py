@@ -13,6 +13,8 @@ from torch import nn
 from .attention import DeepSeekR1LatentAttention
 from .decoding_step import ModuleStep, kernels_run_on
 from .experts import DeepSeekR1Experts
+from .kernels_drafting import begin as begin_step
+from .kernels_drafting import best_of_logits, best_tokens
 from .kernels_experts import FEW_TOKENS, experts_forward
 from .kernels_linear import MAX_ROWS, few_rows_linear
 from .kernels_routing import choose_experts, has_exact_product, route
@@ -107,11 +109,26 @@ class KernelStep(ModuleStep):
     # ------------------------------------------------------------ the step
 
     def __call__(self, tokens, inputs):
-        hidden = F.embedding(tokens.flatten(), self.embedding)
-        self.begin(hidden, inputs)
+        return self.normed(self.last_hidden(tokens, inputs), self.norm_weight).view(*tokens.shape, -1)
+
+    def last_hidden(self, tokens, inputs, further=0):
+        """tokens (B, S) -> (B * S, D), the states before the final norm. `further`: passes over MTP layers to come that
+        find their expert counts behind those of all layers."""
+        hidden = torch.empty(tokens.numel(), self.embedding.shape[1], dtype=self.dtype, device=self.device)
+        begin_step(tokens, self.embedding, hidden, self.scratch(len(hidden), inputs, further))
         for index in range(self.config.num_hidden_layers):
             hidden = self.layer(index, hidden, inputs)
-        return self.normed(hidden, self.norm_weight).view(*tokens.shape, -1)
+        return hidden
+
+    def best(self, hidden, norm_weight, winners, picks=None):
+        """The head's best tokens behind states (T, D) before their norm, or behind rows `picks` of them, packed: in
+        `winners` (>= T, SLOTS), which is in order for few rows, or in a tensor of their own."""
+        rows = len(hidden) if picks is None else len(picks)
+        if rows <= MAX_ROWS:
+            best_tokens(hidden, norm_weight, self.config.rms_norm_eps, self.head_weight, winners[:rows], picks)
+            return winners[:rows]
+        hidden = hidden if picks is None else hidden.index_select(0, picks)
+        return best_of_logits(F.linear(self.normed(hidden, norm_weight), self.head_weight))
 
     def head(self, hidden_states):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -131,18 +148,23 @@ class KernelStep(ModuleStep):
         return self.normed(hidden, self.weight(layer.shared_head["norm"])).view_as(hidden_states)
 
     def begin(self, hidden_states, inputs):
-        """Scratch that the layers of a step share; all layers' expert counts are zeroed at once."""
-        tokens, config = hidden_states.shape[0], self.config
-        if config.n_routed_experts is None:
-            return
-        layers, experts = len(self.model.model.layers), config.n_routed_experts
+        counts = self.scratch(hidden_states.shape[0], inputs)
+        if counts is not None:
+            counts.zero_()
+
+    def scratch(self, tokens, inputs, further=0):
+        """Memory that the layers of a step share -> all layers' expert counts, to be zeroed at once, or None."""
         inputs.shared["counts"] = inputs.shared["lists"] = None
+        experts, layers = self.config.n_routed_experts, len(self.model.model.layers) + further
+        if experts is None:
+            return None
         if tokens > FEW_TOKENS:
-            inputs.shared["counts"] = torch.zeros(layers, experts, dtype=torch.int32, device=self.device)
+            inputs.shared["counts"] = torch.empty(layers, experts, dtype=torch.int32, device=self.device)
             inputs.shared["lists"] = torch.empty(experts, tokens, dtype=torch.int32, device=self.device)
         if self.tickets is None or len(self.tickets) < tokens:
             self.retired.append(self.tickets)  # recorded graphs still read it
             self.tickets = torch.zeros(max(tokens, 64), dtype=torch.int32, device=self.device)
+        return inputs.shared["counts"]
 
     def layer(self, index, hidden, inputs):
         """(T, D) -> (T, D)."""

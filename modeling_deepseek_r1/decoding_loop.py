@@ -8,7 +8,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .decoding_engine import batch_size_for
 from .decoding_prefill import compact_prompts, distinct_rows, prefill
 from .decoding_record import DecodingRecorder
+from .decoding_rows import RowState
 from .decoding_sampling import TokenSelector
+
+try:
+    import triton
+except ImportError:
+    triton = None
+else:
+    from .decoding_fused import KernelStep
+    from .kernels_drafting import advance
 
 POLL_STEPS = 8  # steps between looks at which rows have finished; each look is a copy that nobody waits for
 GROWTH = 1024   # tokens a row that the cache is made longer by than the prompts, at first
@@ -234,12 +243,17 @@ class DecodingLoop:
         row_of, where, batch = list(range(self.rows)), None, None
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
         polls.ask(state.finished)
+        # Of a small model a step takes 200 us: the host looks at what can have changed since the last one, no more.
+        watched, longest = self.device.type != "cuda" or self.streamer is not None, max(self.lengths)
+        news, alive = None, []
         while self.cursor < self.max_length:
             # Streaming waits for every token anyway.
-            known = polls.answer(wait=self.streamer is not None)
-            alive = [i for i in range(len(row_of)) if known is None or not known[i]]
-            if not alive:
-                break
+            before, news = news, polls.answer(wait=self.streamer is not None)
+            if batch is None or news is not before:
+                known = [False] * len(row_of) if news is None else news.tolist()
+                alive = [i for i, done in enumerate(known) if not done]
+                if not alive:
+                    break
             if batch is None or (len(alive) < len(row_of) and batch_size_for(len(alive)) < batch.size):
                 keep = torch.tensor(alive, device=self.device)
                 before = (tokens, lengths, state) if batch is None else self.state_of(batch)
@@ -247,11 +261,16 @@ class DecodingLoop:
                 batch = self.load_batch(selector, before, keep, row_of)
                 where = None if len(row_of) == self.rows else torch.tensor(row_of, device=self.device)
                 polls.forget()
-            self.make_room(max(self.lengths) + self.cursor - self.prompt_width)
+                news, alive = None, list(range(len(row_of)))
+            self.make_room(longest + self.cursor - self.prompt_width)
             batch.run()
-            self.append(batch.tokens[: len(row_of), 0], where)
-            self.note(batch, batch.extra["log_probs"], where, len(row_of))
-            if selector.has_eos and (self.device.type != "cuda" or self.streamer or self.cursor % POLL_STEPS == 0):
+            if batch.extra["rows"] is None:
+                self.append(batch.tokens[: len(row_of), 0], where)
+            else:
+                self.show()
+            if self.recorder is not None:
+                self.note(batch, batch.extra["log_probs"], where, len(row_of))
+            if selector.has_eos and (watched or self.cursor % POLL_STEPS == 0):
                 polls.ask(batch.finished[: len(row_of)])
         self.trim()
 
@@ -261,6 +280,10 @@ class DecodingLoop:
             self.sequences[:, self.cursor] = tokens
         else:
             self.sequences[where, self.cursor] = tokens
+        self.show()
+
+    def show(self):
+        """Counts a column that has been written."""
         self.cursor += 1
         if self.streamer is not None:
             self.streamer.put(self.sequences[:, self.cursor - 1].cpu())
@@ -275,6 +298,8 @@ class DecodingLoop:
         seen = None if state.seen is None else (state.seen[keep].clone(), state.seen_from[keep].clone())
         step = state.step.clone()
         batch.load(tokens, lengths, row_of, finished)
+        if batch.extra["rows"] is not None:
+            batch.extra["rows"].open(self.sequences, row_of, self.cursor)
         mine = batch.extra["state"]
         mine.step.copy_(step)
         if seen is not None:
@@ -290,10 +315,44 @@ class DecodingLoop:
         batch.extra["selector"] = selector
         batch.extra["state"] = selector.new_state(batch.size)
         batch.extra["state"].finished = batch.finished
-        batch.extra["log_probs"] = None
+        batch.extra["log_probs"] = batch.extra["rows"] = None
         if self.options.record_log_probs:
             batch.extra["log_probs"] = torch.zeros(batch.size, device=self.device)
-        return self.body_with_choice
+        if not self.engine.step.kernels:
+            return self.body_with_choice
+        batch.extra["rows"] = RowState(batch.size, 1, self.device)
+        if type(self.engine.step) is KernelStep and not (
+            selector.do_sample or selector.steps or self.options.record_log_probs or self.options.record_routes
+        ):
+            return self.body_of_largest
+        return self.body_with_advance
+
+    @staticmethod
+    def body_of_largest(batch):
+        """Greedy search without processors: the largest score is found where the scores are computed."""
+        step, rows = batch.engine.step, batch.extra["rows"]
+        hidden = step.last_hidden(batch.tokens, batch.inputs())
+        DecodingLoop.advance(batch, step.best(hidden, step.norm_weight, rows.winners), packed=True)
+
+    @staticmethod
+    def body_with_advance(batch):
+        """As `body_with_choice`, but what follows the choice is one kernel, which writes the sequences too."""
+        selector, state = batch.extra["selector"], batch.extra["state"]
+        logits = DecodingLoop.step_logits(batch)
+        tokens = selector.choose(logits, state)
+        if batch.extra["log_probs"] is not None:
+            selector.log_prob_of(logits, tokens, batch.extra["log_probs"])
+        DecodingLoop.advance(batch, tokens)
+        if selector.steps:
+            state.step.add_(1)
+
+    @staticmethod
+    def advance(batch, best, packed=False):
+        selector, state = batch.extra["selector"], batch.extra["state"]
+        eos_ids = selector.parameters["eos_ids"] if selector.has_eos else None
+        seen = None if state.seen is None else (state.seen, state.seen_from)
+        advance(batch.tokens, batch.lengths, batch.finished, best, batch.extra["rows"], eos_ids, seen=seen,
+                packed=packed)  # fmt: skip
 
     @staticmethod
     def body_with_choice(batch):

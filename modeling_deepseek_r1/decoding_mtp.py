@@ -11,18 +11,26 @@ entries are final up to position L - 1 - j, and a step runs it over positions L 
 state of the last step (`held`). Further drafts than layers come from the last layer, fed with its own state.
 """
 
-import contextlib
 import weakref
 
 import torch
 import torch.nn.functional as F
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decoding_cache import PrefillView
 from .decoding_loop import GROWTH, POLL_STEPS, FinishedRows
-from .decoding_prefill import compact_prompts, distinct_rows, prefill
+from .decoding_mtp_prompts import PromptReader
+from .decoding_prefill import compact_prompts, prefill
+from .decoding_rows import RowState, advance_reference
 from .decoding_sampling import SelectionState, TokenSelector
 from .decoding_step import StepInputs
+
+try:
+    import triton
+except ImportError:
+    triton = None
+else:
+    from .decoding_mtp_fused import FusedDrafting
+    from .kernels_drafting import advance
 
 
 def pick(states, places):
@@ -38,16 +46,6 @@ def layers_used(model):
 def draw(weights):
     """(..., V) non-negative weights -> (...,) int64 tokens drawn in proportion: the exponential race."""
     return (weights / torch.empty_like(weights).exponential_(1)).argmax(-1)
-
-
-def accept_greedy(scores, drafts):
-    """Drafts that are the argmax, up to the first that is not, and the argmax behind them.
-
-    Shapes: scores (B, n + 1, V), drafts (B, n) int64 -> accepted (B,) int64 in 0 .. n, next tokens (B,) int64.
-    """
-    best = scores.argmax(-1)
-    accepted = (best[:, :-1] == drafts).long().cumprod(-1).sum(-1)
-    return accepted, best.gather(1, accepted.unsqueeze(1)).squeeze(1)
 
 
 def accept_sampled(probabilities, drafts, draft_probabilities):
@@ -69,105 +67,41 @@ def accept_sampled(probabilities, drafts, draft_probabilities):
     return accepted, draw(torch.where(left.sum(-1, keepdim=True) > 0, left, at_end))
 
 
-class PromptReader:
-    """Fills the MTP layers' cache while prompts are read: the `on_states` of `prefill`.
-
-    Attributes:
-        states: (B, layers, D); entry j is the input state of layer j at position P - 1 - j of a prompt of P tokens, the
-            first one whose next token is not in the prompt.
-    """
-
-    def __init__(self, model, ids, lengths, layers, open_cache):
-        self.model, self.layers, self.lengths, self.open_cache = model, layers, lengths, open_cache
-        device = model.model.embed_tokens.weight.device
-        self.ids = F.pad(ids.to(device), (0, layers))
-        self.states, self.last_hidden_state = None, None
-
-    @contextlib.contextmanager
-    def listening(self):
-        def keep(module, args, outputs):
-            self.last_hidden_state = outputs.last_hidden_state
-
-        handle = self.model.model.register_forward_hook(keep)
-        try:
-            yield self
-        finally:
-            handle.remove()
-            self.last_hidden_state = None
-
-    def __call__(self, rows, start, chunk, lengths):
-        return lambda outputs: self.read(rows, start, self.last_hidden_state)
-
-    def read(self, rows, start, states):
-        """Runs the layers over one chunk: states (b, S, D) of positions start .. of prompts `rows`."""
-        model, end, device = self.model.model, start + states.shape[1], states.device
-        index = torch.tensor(rows, device=device)
-        positions = torch.arange(start, end, device=device).unsqueeze(0).expand(len(rows), -1)
-        view = PrefillView(index, start, self.open_cache)
-        for depth, layer in enumerate(model.mtp_layers[: self.layers]):
-            self.keep(depth, rows, start, states)
-            # Behind a prompt's end these are no tokens of it: entries that the first steps write anew.
-            embeds = model.embed_tokens(self.ids[index, start + 1 + depth : end + 1 + depth])
-            shared = model.layer_inputs(embeds, None, positions, view)
-            states = layer(states, embeds, past_key_values=view, **shared)
-
-    def keep(self, depth, rows, start, states):
-        if self.states is None:
-            self.states = states.new_zeros(len(self.lengths), self.layers, states.shape[-1])
-        places = [(i, self.lengths[row] - 1 - depth - start, row) for i, row in enumerate(rows)]
-        places = [place for place in places if 0 <= place[1] < states.shape[1]]
-        if places:
-            sources, offsets, targets = torch.tensor(places, device=states.device).t()
-            self.states[targets, depth] = states[sources, offsets]
-
-    def share(self):
-        """Gives the rows of repeated prompts, which were read once, the states of the first."""
-        firsts, place = distinct_rows(self.ids, self.lengths)
-        self.states = self.states[torch.tensor([firsts[p] for p in place], device=self.states.device)]
-
-
 class Drafting:
     """The step with drafts over a `StepBatch`, and what it keeps on the device; capturable in a CUDA graph.
 
-    The batch's `tokens` (B, 1 + n) are each row's last token and its drafts.
-    Static tensors (B rows, K layers used, V vocabulary): `cursor` (B,) int64, filled columns of a row's sequence;
-    `base` (B,) int64, `limit` and `nowhere` () int64: where in the flat sequences a row starts, its longest length, and
-    the place for what is no token; `held` (B, K - 1, D) fp32; `probabilities` (B, 1 + n, V) fp32, what the drafts were
-    drawn from (sampling); `seen` (B, V) and `seen_from` (B,): the repetition penalty's; `drafted` and `accepted` (n,),
-    `counted` (3,) int64: steps, steps summed over the rows, tokens.
+    The batch's `tokens` (B, 1 + n) are each row's last token and its drafts. Greedy search with one MTP layer runs in
+    kernels where they serve the model (`fused`), everything else in torch but for the end of the step.
+    Static tensors (B rows, K layers used, V vocabulary): those of `rows`, a RowState; `held` (B, K - 1, D) fp32;
+    `probabilities` (B, 1 + n, V) fp32, what the drafts were drawn from (sampling); `seen` (B, V) and `seen_from` (B,):
+    the repetition penalty's.
     """
 
     def __init__(self, engine, selector, size, drafts):
         device, config = engine.device, engine.model.config
         self.engine, self.selector, self.drafts = weakref.proxy(engine), selector, drafts  # the engine keeps this
         self.layers = layers_used(engine.model)
-        whole = {"dtype": torch.int64, "device": device}
-        self.cursor, self.base = torch.zeros(size, **whole), torch.zeros(size, **whole)
-        self.limit, self.nowhere = torch.zeros((), **whole), torch.zeros((), **whole)
+        self.rows = RowState(size, 1 + drafts, device)
         self.held = torch.zeros(size, self.layers - 1, config.hidden_size, device=device)
         vocab_size = selector.vocab_size
         self.probabilities = torch.zeros(size, drafts + 1, vocab_size, device=device) if selector.do_sample else None
         state = selector.new_state(size)
         self.seen, self.seen_from = state.seen, state.seen_from
-        self.drafted, self.accepted = torch.zeros(drafts, **whole), torch.zeros(drafts, **whole)
-        self.counted = torch.zeros(3, **whole)
-
-    def clear(self):
-        for tensor in (self.cursor, self.drafted, self.accepted, self.counted, self.held):
-            tensor.zero_()
+        self.advance, self.fused = advance if engine.step.kernels else advance_reference, None
+        if triton is not None and FusedDrafting.serves(engine, selector, self.layers):
+            self.fused = FusedDrafting(self.engine, selector, self.rows, drafts)
 
     def __call__(self, batch):
-        """-> places (B, 1 + n) int64 in the flat sequences, tokens (B, 1 + n) int64 for them, count (B,) int64."""
-        step = self.engine.step
+        if self.fused is not None:
+            return self.fused(batch)
+        step, selector = self.engine.step, self.selector
         states = step(batch.tokens, batch.inputs())
-        tokens, accepted = self.verify(step.head(states), batch.tokens[:, 1:])
-        places, count, active = self.emit(tokens, accepted, batch.finished)
-        drafts = self.draft(states, tokens, batch.rows, batch.lengths, accepted)
-        batch.tokens.copy_(torch.cat((tokens.gather(1, accepted.unsqueeze(1)), drafts), dim=1))
-        # A row that finishes moves on once more, so that later steps write behind it, and then stays.
-        batch.lengths.add_(((accepted + 1) * active).int())
-        self.count(accepted, count, active)
-        return places, tokens, count
+        best, accepted = self.verify(step.head(states), batch.tokens[:, 1:])
+        eos_ids = selector.parameters["eos_ids"] if selector.has_eos else None
+        seen = None if self.seen is None else (self.seen, self.seen_from)
+        tokens = self.advance(batch.tokens, batch.lengths, batch.finished, best, self.rows, eos_ids, accepted, seen)
+        drafts = self.draft(states, tokens, batch.rows, self.rows.before, self.rows.accepted.long())
+        batch.tokens[:, 1:] = drafts
 
     # ------------------------------------------------------------ which drafts are kept
 
@@ -184,9 +118,12 @@ class Drafting:
         return seen.scatter(1, tokens, seen.gather(1, tokens) | added.unsqueeze(1))
 
     def verify(self, logits, drafts):
-        """logits (B, 1 + n, V), drafts (B, n) -> tokens (B, 1 + n), of which those up to accepted (B,) count."""
+        """logits (B, 1 + n, V), drafts (B, n) -> the tokens (B, 1 + n) chosen behind each, valid up to accepted (B,);
+        in greedy search None, which leaves it to `advance`."""
         rows, steps = logits.shape[:2]
-        cursor = self.cursor.unsqueeze(1) + torch.arange(steps, device=logits.device)
+        if not (self.selector.steps or self.selector.do_sample):
+            return logits.argmax(-1), None
+        cursor = self.rows.cursor.unsqueeze(1) + torch.arange(steps, device=logits.device)
         seen = self.seen
         if seen is not None:
             each = [seen]
@@ -195,38 +132,11 @@ class Drafting:
             seen = torch.stack(each, dim=1).flatten(0, 1)
         scores = self.selector.process(logits.flatten(0, 1), self.selection(cursor.flatten(), seen))
         scores = scores.view(rows, steps, -1)
-        if self.selector.do_sample:
-            accepted, following = accept_sampled(scores.softmax(-1), drafts, self.probabilities)
-        else:
-            accepted, following = accept_greedy(scores, drafts)
+        if not self.selector.do_sample:
+            return scores.argmax(-1), None
+        accepted, following = accept_sampled(scores.softmax(-1), drafts, self.probabilities)
         kept = torch.arange(steps, device=logits.device) < accepted.unsqueeze(1)
         return torch.where(kept, F.pad(drafts, (0, 1)), following.unsqueeze(1)), accepted
-
-    def emit(self, tokens, accepted, finished):
-        """Which tokens become part of their sequences, up to an end of sequence or the longest length; updates
-        `finished` (B,) and `cursor` -> places (B, 1 + n), count (B,), active (B,): rows unfinished before."""
-        active, steps = ~finished, torch.arange(tokens.shape[1], device=tokens.device)
-        ends = torch.zeros_like(tokens, dtype=torch.bool)
-        if self.selector.has_eos:
-            ends = (tokens.unsqueeze(-1) == self.selector.parameters["eos_ids"]).any(-1)
-        columns = self.cursor.unsqueeze(1) + steps
-        ended_before = ends.long().cumsum(-1) - ends.long() > 0
-        emitted = (steps <= accepted.unsqueeze(1)) & (columns < self.limit) & ~ended_before & active.unsqueeze(1)
-        if self.seen is not None:
-            for i in range(tokens.shape[1]):
-                self.seen.copy_(self.with_token(self.seen, columns[:, i], tokens[:, i], emitted[:, i]))
-        count = emitted.sum(-1)
-        self.cursor.add_(count)
-        finished.logical_or_((ends & emitted).any(-1) | (self.cursor >= self.limit))
-        return torch.where(emitted, self.base.unsqueeze(1) + columns, self.nowhere), count, active
-
-    def count(self, accepted, count, active):
-        # A draft past the longest length or behind the end of its sequence is none.
-        order = torch.arange(self.drafts, device=accepted.device)
-        room = self.limit - (self.cursor - count)
-        self.drafted.add_((active.unsqueeze(1) & (order < room.unsqueeze(1))).sum(0))
-        self.accepted.add_((order < torch.minimum(accepted, count).unsqueeze(1)).sum(0))  # count is 0 unless active
-        self.counted.add_(torch.stack((active.any().long(), active.sum(), count.sum())))
 
     # ------------------------------------------------------------ the next drafts
 
@@ -250,18 +160,21 @@ class Drafting:
             states = step.mtp(depth, states, tokens[:, : steps + depth], inputs)
             last = pick(states, accepted + depth)
             drafts.append(self.choose(step.head(last), len(drafts), seen))
-            seen = self.with_token(seen, self.cursor[: len(tokens)] + depth, drafts[-1])
+            seen = self.with_token(seen, self.rows.cursor[: len(tokens)] + depth, drafts[-1])
             tokens = tokens.scatter(1, (accepted + 1 + depth).unsqueeze(1), drafts[-1].unsqueeze(1))
         for again in range(self.drafts - self.layers):
             inputs = StepInputs(cache, lengths + accepted.int() + 1 + again, rows, 1)
             last = step.mtp(self.layers - 1, last, drafts[-1].unsqueeze(1), inputs)
             drafts.append(self.choose(step.head(last), len(drafts), seen))
-            seen = self.with_token(seen, self.cursor[: len(tokens)] + self.layers + again, drafts[-1])
+            seen = self.with_token(seen, self.rows.cursor[: len(tokens)] + self.layers + again, drafts[-1])
         return torch.stack(drafts, dim=1)
 
     def choose(self, logits, index, seen):
         """logits (b, 1, V) -> the b drafts number `index`, by the rules that tokens are chosen by."""
-        scores = self.selector.process(logits.squeeze(1), self.selection(self.cursor[: len(logits)] + index, seen))
+        logits = logits.squeeze(1)
+        if not (self.selector.steps or self.selector.do_sample):
+            return logits.argmax(-1)
+        scores = self.selector.process(logits, self.selection(self.rows.cursor[: len(logits)] + index, seen))
         if not self.selector.do_sample:
             return scores.argmax(-1)
         probabilities = scores.softmax(-1)
@@ -289,9 +202,7 @@ class MTPDecodingLoop:
         self.longest, self.reach = max_length + self.drafts, 2 * (1 + self.drafts)
         pad = config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
-        # One element more than the sequences need: where a row's step has fewer tokens than places.
-        self.flat = torch.full((self.rows * max_length + 1,), self.pad, dtype=torch.int64, device=self.device)
-        self.sequences = self.flat[:-1].view(self.rows, max_length)
+        self.sequences = torch.full((self.rows, max_length), self.pad, dtype=torch.int64, device=self.device)
         self.sequences[:, : self.width] = self.input_ids
 
     @classmethod
@@ -350,27 +261,22 @@ class MTPDecodingLoop:
         self.drafting = drafting = batch.extra["drafting"]
         if drafting.selector is not self.selector:
             drafting.selector.load_parameters(self.selector)
-        drafting.clear()
-        drafting.cursor[: self.rows] = self.width
-        drafting.base[: self.rows] = torch.arange(self.rows, device=self.device) * self.max_length
-        drafting.limit.fill_(self.max_length)
-        drafting.nowhere.fill_(self.rows * self.max_length)
         state = self.selector.new_state(self.rows)
         self.selector.reset_state(state, self.input_ids)
+        tokens = self.selector.choose(logits, state)
+        self.selector.finish(tokens, state)
+        self.sequences[:, self.width] = tokens
+        drafting.rows.open(self.sequences, list(range(self.rows)), self.width + 1)
         if drafting.seen is not None:
             drafting.seen[: self.rows], drafting.seen_from[: self.rows] = state.seen, state.seen_from
-        tokens = self.selector.choose(logits, state)
-        # The first tokens as a step without drafts, over the last token of every prompt. Its cursor and flags are those
-        # of the batch, whose other rows are finished.
-        batch.load(F.pad(tokens.unsqueeze(1), (0, self.drafts)), self.lengths, list(range(self.rows)))
-        ids = F.pad(tokens.unsqueeze(1), (0, 0, 0, batch.size - self.rows))
-        none = torch.zeros(batch.size, dtype=torch.int64, device=self.device)
-        places, _, _ = drafting.emit(ids, none, batch.finished)
-        self.flat.scatter_(0, places.flatten(), ids.flatten())
+        batch.load(F.pad(tokens.unsqueeze(1), (0, self.drafts)), self.lengths, list(range(self.rows)), state.finished)
+        drafting.held.zero_()
         drafting.held[: self.rows] = states[:, 1:].float()
+        # As after a step without drafts, over the last token of every prompt.
+        none = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
         batch.tokens[: self.rows, 1:] = drafting.draft(
             states[:, :1].to(self.engine.step.dtype), tokens.unsqueeze(1), batch.rows[: self.rows],
-            batch.lengths[: self.rows] - 1, none[: self.rows],
+            batch.lengths[: self.rows] - 1, none,
         )
         return batch
 
@@ -382,21 +288,20 @@ class MTPDecodingLoop:
         watched = self.streamer is not None or bool(self.criteria)
         if watched and self.stopped(self.width, self.width + 1):
             return
-        finished = FinishedRows(self.device)
-        taken = max(self.lengths)
+        finished, on_gpu = FinishedRows(self.device), self.device.type == "cuda"
+        taken, end, known = max(self.lengths), self.width + 1, None
         for step in range(self.max_length - self.width - 1):  # a step gives at least one token
-            if step % POLL_STEPS == 0 or watched or self.device.type != "cuda":
+            if step % POLL_STEPS == 0 or watched or not on_gpu:
                 finished.ask(batch.finished[: self.rows])
-                known = finished.answer(wait=watched)
-                if known is not None and bool(known.all()):
+                before, known = known, finished.answer(wait=watched)
+                if known is not before and bool(known.all()):
                     return
             taken = self.make_room(batch, taken)
-            places, tokens, count = batch.run()
-            self.flat.scatter_(0, places.flatten(), tokens.flatten())
+            batch.run()
             taken = min(taken + 1 + self.drafts, self.longest)
             if watched:
-                end = int(self.drafting.cursor[0])
-                if self.stopped(end - int(count[0]), end):
+                start, end = end, int(self.drafting.rows.cursor[0])
+                if self.stopped(start, end):
                     return
 
     def stopped(self, start, end):
@@ -407,12 +312,12 @@ class MTPDecodingLoop:
             shown = self.sequences[:, : column + 1].to(self.came_from)
             if any([bool(criterion(shown, None).all()) for criterion in self.criteria]):
                 self.sequences[:, column + 1 :] = self.pad
-                self.drafting.cursor[0] = column + 1
+                self.drafting.rows.cursor[0] = column + 1
                 return True
         return False
 
     def result(self):
-        filled = int(self.drafting.cursor[: self.rows].max())
+        filled = int(self.drafting.rows.cursor[: self.rows].max())
         sequences = self.sequences[:, :filled].to(self.came_from)
         if not self.config.return_dict_in_generate:
             return sequences
@@ -426,11 +331,10 @@ class MTPDecodingLoop:
 
     def statistics(self):
         """What `model.decoding_statistics` holds: see there."""
-        drafted, accepted, (steps, row_steps, tokens) = (
-            getattr(self.drafting, name).tolist() for name in ("drafted", "accepted", "counted")
-        )
+        counted = self.drafting.rows.statistics
+        (*drafted, row_steps), (*accepted, tokens) = counted.sum(0).tolist()
         return {
-            "steps": steps,
+            "steps": int(counted[:, 0, -1].max()),  # all rows begin together
             "drafted": sum(drafted),
             "accepted": sum(accepted),
             "tokens": tokens,
