@@ -27,6 +27,18 @@ def normalise(states, weight, epsilon, out=None):
     return torch.mul(states * scale, weight, out=out)
 
 
+def _row_product():
+    """oneDNN's product of few rows, where torch was built with it: F.linear's reads weights half as fast (on 2 cores 9
+    against 18 GB/s for (4096, 512) fp32), because it asks MKL for a matrix times a vector."""
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    if product is None:
+        return F.linear
+    return lambda row, weight: product(row, weight, None, "none", [], "")
+
+
+row_product = _row_product()
+
+
 class SingleTokenLayer:
     """A decoder layer for one new token of one row, over its modules' own weights.
 
@@ -53,16 +65,16 @@ class SingleTokenLayer:
         if not self.query_weights:
             self.query_weights = [attention.q_a_proj.weight, attention.q_b_proj.weight]
             self.query_norm = attention.q_a_layernorm.weight, attention.q_a_layernorm.variance_epsilon
-        self.compress, self.output = attention.kv_a_proj_with_mqa.weight, attention.o_proj.weight.t()
+        self.compress, self.output = attention.kv_a_proj_with_mqa.weight, attention.o_proj.weight
         self.gate = mlp.gate if isinstance(mlp, DeepSeekR1MoE) else None
         self.dense = mlp if self.gate is None else mlp.shared_experts
         if self.dense is not None:
             dense = self.dense
-            self.dense = dense.act_fn, dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight.t()
+            self.dense = dense.act_fn, dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight
         if self.gate is not None:
             self.router, self.act_fn = self.gate.weight, mlp.experts.act_fn
             self.gate_up = mlp.experts.gate_up_proj.unbind(0)
-            self.down = mlp.experts.down_proj.transpose(1, 2).unbind(0)
+            self.down = mlp.experts.down_proj.unbind(0)
 
     @staticmethod
     def serves(layer):
@@ -79,22 +91,22 @@ class SingleTokenLayer:
     def __call__(self, states, stored, rotation, routes=None):
         before_attention, before_mlp, _ = self.norms
         values = self.attend(normalise(states, *before_attention), stored, rotation)
-        states = torch.addmm(states, values, self.output)
+        states = row_product(values, self.output).add_(states)
         normed = normalise(states, *before_mlp)
         if self.dense is not None:
             act_fn, gate, up, down = self.dense
-            inner = act_fn(F.linear(normed, gate)).mul_(F.linear(normed, up))
-            states = torch.addmm(states, inner, down)
+            inner = act_fn(row_product(normed, gate)).mul_(row_product(normed, up))
+            states.add_(row_product(inner, down))
         return states if self.gate is None else self.add_experts(states, normed, routes)
 
     def attend(self, normed, stored, rotation):
         """(1, D) -> values (1, H * v)."""
         heads, rank, nope = self.heads, self.rank, self.nope
-        queries = F.linear(normed, self.query_weights[0])
+        queries = row_product(normed, self.query_weights[0])
         if self.query_norm is not None:
-            queries = F.linear(normalise(queries, *self.query_norm), self.query_weights[1])
+            queries = row_product(normalise(queries, *self.query_norm), self.query_weights[1])
         queries = queries.mul_(self.scale).view(heads, -1)
-        latent, key_rope = F.linear(normed, self.compress).split((rank, self.rope), dim=1)
+        latent, key_rope = row_product(normed, self.compress).split((rank, self.rope), dim=1)
         query_nope, query_rope = queries.split((nope, self.rope), dim=1)
         rotated = self.rotate(torch.cat((query_rope, key_rope)), rotation)
         torch.cat((normalise(latent, *self.norms[2]), rotated[heads:]), dim=1, out=stored[-1:])
@@ -116,13 +128,13 @@ class SingleTokenLayer:
     def add_experts(self, states, normed, routes):
         """Adds the routed experts' outputs to states (1, D), in place. Reads the indices on the host."""
         gate, act_fn = self.gate, self.act_fn
-        scores = gate.score(F.linear(normed, self.router))
+        scores = gate.score(row_product(normed, self.router))
         indices = gate.select(scores)
         if routes is not None:
             routes.append(indices)
         weights = scores.gather(-1, indices)[0].tolist()
         factor = gate.routed_scaling_factor / (max(sum(weights), 1e-20) if gate.norm_topk_prob else 1.0)
         for expert, weight in zip(indices[0].tolist(), weights):
-            opened, up = F.linear(normed, self.gate_up[expert]).chunk(2, dim=1)
-            states.addmm_(act_fn(opened).mul_(up), self.down[expert], alpha=weight * factor)
+            opened, up = row_product(normed, self.gate_up[expert]).chunk(2, dim=1)
+            states.add_(row_product(act_fn(opened).mul_(up), self.down[expert]), alpha=weight * factor)
         return states

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .decoding_cpu import SingleTokenLayer
+from .decoding_cpu import SingleTokenLayer, row_product
 from .decoding_experts import experts_few_tokens
 from .experts import DeepSeekR1Experts
-from .linear_weights import effective_weight
+from .linear_weights import effective_weight, is_plain
 from .moe import DeepSeekR1MoE
 from .rotary import rotate, softmax_scale
 
@@ -105,8 +105,11 @@ class ModuleStep:
 
     def head(self, hidden_states):
         """(..., D) -> logits (..., V)."""
+        head = self.model.lm_head
+        if self.single_token and hidden_states.shape[:-1].numel() == 1 and is_plain(head):
+            return row_product(hidden_states.view(1, -1), head.weight).view(*hidden_states.shape[:-1], -1)
         with self.computing():
-            return self.model.lm_head(hidden_states)
+            return head(hidden_states)
 
     def mtp(self, depth, hidden_states, next_tokens, inputs):
         """One prediction depth: states (B, S, D) and the tokens (B, S) that follow them -> its states (B, S, D).
