@@ -34,7 +34,7 @@ CASES = {  # stage, options, after which steps the run stops
     "process": ("process", (*BEST, "loss", "--greater_is_better", "true"), (5,)),
     # rollouts of four steps, two an epoch: stopped in the middle of one, and in the second epoch
     "ppo": ("ppo", ("--validation_fraction", "0.6", "--max_steps", "10", "--kl_target", "0.01", "--logging_steps", "2",
-                    *BEST, "reward", "--greater_is_better", "false"), (3, 9)),
+                    *BEST, "reward", "--greater_is_better", "true"), (3, 9)),
     # between two rollouts
     "ppo, adapters": ("ppo", (*LORA, "--ema_decay", "0.9", "--save_steps", "4", "--eval_steps", "4",
                               "--value_function", "separate", *BEST, "reward", "--greater_is_better", "false"), (4,)),
