@@ -250,6 +250,9 @@ def prefill(bench, who, name):
     calls = {
         f"generate, one token after {length}": (lambda: generate(model, bench.prompts(1, length), 1), length, length),
         f"forward pass, {batch} x {width}": (forward, batch * width, width),
+        f"generate, one token after {width // 4}": (
+            lambda: generate(model, bench.prompts(1, width // 4), 1), width // 4, width // 4
+        ),
     }
     first = None
     for how, (call, tokens, context) in calls.items():

@@ -328,6 +328,15 @@ class DecodingLoop:
         return self.body_with_advance
 
     @staticmethod
+    def chosen_tokens(batch):
+        """One step and its choice -> tokens (B,) int64; keeps their log-probabilities where these are recorded."""
+        selector, logits = batch.extra["selector"], DecodingLoop.step_logits(batch)
+        tokens = selector.choose(logits, batch.extra["state"])
+        if batch.extra["log_probs"] is not None:
+            selector.log_prob_of(logits, tokens, batch.extra["log_probs"])
+        return tokens
+
+    @staticmethod
     def body_of_largest(batch):
         """Greedy search without processors: the largest score is found where the scores are computed."""
         step, rows = batch.engine.step, batch.extra["rows"]
@@ -338,11 +347,7 @@ class DecodingLoop:
     def body_with_advance(batch):
         """As `body_with_choice`, but what follows the choice is one kernel, which writes the sequences too."""
         selector, state = batch.extra["selector"], batch.extra["state"]
-        logits = DecodingLoop.step_logits(batch)
-        tokens = selector.choose(logits, state)
-        if batch.extra["log_probs"] is not None:
-            selector.log_prob_of(logits, tokens, batch.extra["log_probs"])
-        DecodingLoop.advance(batch, tokens)
+        DecodingLoop.advance(batch, DecodingLoop.chosen_tokens(batch))
         if selector.steps:
             state.step.add_(1)
 
@@ -358,10 +363,7 @@ class DecodingLoop:
     def body_with_choice(batch):
         """The step, and the choice of the next token, which becomes the next step's input."""
         selector, state = batch.extra["selector"], batch.extra["state"]
-        logits = DecodingLoop.step_logits(batch)
-        tokens = selector.choose(logits, state)
-        if batch.extra["log_probs"] is not None:
-            selector.log_prob_of(logits, tokens, batch.extra["log_probs"])
+        tokens = DecodingLoop.chosen_tokens(batch)
         batch.lengths.add_(~state.finished)  # a finished row stays where it is
         selector.finish(tokens, state)
         batch.tokens[:, 0] = tokens
