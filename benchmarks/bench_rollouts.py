@@ -115,7 +115,9 @@ def build_trainer(options, output_dir):
         "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 1,
     }  # fmt: skip
     if options.trainer == "ppo":
-        trainer_class, args = PPOTrainer, PPOConfig(**settings, num_ppo_epochs=1)
+        # The library's loop records no experts: both go without.
+        args = PPOConfig(**settings, num_ppo_epochs=1, router_replay=False, route_probe_rows=0)
+        trainer_class = PPOTrainer
     else:
         trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
     rows = prompts(fields["vocab_size"], options.prompts * settings["max_steps"], options.prompt_tokens)

@@ -65,6 +65,7 @@ class Settings:
     errors: str
     seed: int
     tokens_per_file: int
+    keep_overlaps: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         total = sum(self.mixture.values())
@@ -80,6 +81,9 @@ class Settings:
         if unused:
             raise ValueError(f"source {sorted(unused)[0]!r} has no share in mixture {_show(self.mixture)}; "
                              "add it there or drop the --source")
+        for kind in self.keep_overlaps:
+            if kind not in self.mixture:
+                raise ValueError(f"keep_overlaps names {kind!r}, which has no share in mixture {_show(self.mixture)}")
         if not 0 <= self.validation_fraction < 0.5:
             raise ValueError(f"validation_fraction={self.validation_fraction} must lie in [0, 0.5)")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -94,7 +98,8 @@ class Settings:
         inputs = {kind: source_module.identity(kind, self.sources.get(kind, "built-in")) for kind in self.mixture}
         if self.tokenizer_folder:
             inputs["tokenizer"] = packed_writer.file_sha256(Path(self.tokenizer_folder) / "tokenizer.json")
-        content = json.dumps([packed_writer.VERSION, dataclasses.asdict(self), inputs], sort_keys=True)
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "keep_overlaps" or value}
+        content = json.dumps([packed_writer.VERSION, settings, inputs], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -189,14 +194,17 @@ def hold_out(settings, spools, orders):
     return held_out, training
 
 
-def drop_overlaps(spools, held_out, training, progress):
-    """Remove training documents that share an n-gram with a held-out one, across all sources."""
+def drop_overlaps(spools, held_out, training, progress, keep=()):
+    """Remove training documents that share an n-gram with a held-out one, across all sources but those of `keep`."""
     index = overlap.NgramIndex()
     for kind, documents in held_out.items():
-        for document in documents:
+        for document in documents if kind not in keep else ():
             index.add(spools[kind][document])
     kept, dropped = {}, {}
     for kind, documents in training.items():
+        if kind in keep:
+            kept[kind], dropped[kind] = list(documents), 0
+            continue
         bar = tqdm(documents, desc=f"compare {kind}", unit=" documents", disable=not progress)
         kept[kind] = [document for document in bar if not index.overlaps(spools[kind][document])]
         dropped[kind] = len(documents) - len(kept[kind])
@@ -302,7 +310,7 @@ def _build(settings, fingerprint, folder, progress):
     work.mkdir()
     spools, orders, duplicates, skipped = read_sources(settings, work, progress)
     held_out, training = hold_out(settings, spools, orders)
-    training, overlaps = drop_overlaps(spools, held_out, training, progress)
+    training, overlaps = drop_overlaps(spools, held_out, training, progress, settings.keep_overlaps)
     tokenizer = make_tokenizer(settings, spools, training, progress)
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -339,7 +347,7 @@ def _build(settings, fingerprint, folder, progress):
 
 def prepare(output_dir, *, size="tiny", mixture=None, sources=None, max_tokens=None, vocab_size=None,
             tokenizer_folder=None, validation_fraction=None, allow_repeats=False, text_column="text",
-            errors="strict", seed=0, tokens_per_file=2**27, overwrite=False, progress=True):
+            errors="strict", seed=0, tokens_per_file=2**27, keep_overlaps=(), overwrite=False, progress=True):
     """Make the data set, or find it finished; return its manifest.
 
     Args:
@@ -349,6 +357,8 @@ def prepare(output_dir, *, size="tiny", mixture=None, sources=None, max_tokens=N
         max_tokens: of the training split; the split ends with the document that passes it.
         validation_fraction: held-out tokens as a share of training tokens, about; 0 holds none out.
         tokens_per_file: a file is closed before it would pass this many.
+        keep_overlaps: sources that are not compared with held-out documents: those whose documents share wordings by
+            construction, such as problems of a task, and are kept apart in another way.
         overwrite: make it again even if it is finished.
     Raises:
         ValueError: impossible settings or unusable input, naming the field and the way out.
@@ -364,7 +374,8 @@ def prepare(output_dir, *, size="tiny", mixture=None, sources=None, max_tokens=N
         vocab_size=None if tokenizer_folder else vocab_size or preset["vocab_size"],
         validation_fraction=preset["validation_fraction"] if validation_fraction is None else validation_fraction,
         tokenizer_folder=None if tokenizer_folder is None else str(tokenizer_folder), allow_repeats=allow_repeats,
-        text_column=text_column, errors=errors, seed=seed, tokens_per_file=tokens_per_file)
+        text_column=text_column, errors=errors, seed=seed, tokens_per_file=tokens_per_file,
+        keep_overlaps=list(keep_overlaps))
     if tokenizer_folder:
         load_tokenizer(tokenizer_folder)  # fail before the work, not after it
     fingerprint = settings.fingerprint()
@@ -395,7 +406,7 @@ def summary(manifest):
 # Of the two ways to give sources, the one that each of these belongs to.
 CORPUS_ONLY = ("temperature", "max_epochs", "curriculum", "curriculum_window", "when_short", "validation_tokens",
                "workers")
-SOURCES_ONLY = ("sources", "allow_repeats", "text_column", "errors")
+SOURCES_ONLY = ("sources", "allow_repeats", "text_column", "errors", "keep_overlaps")
 
 
 def _prepare_from_arguments(arguments, parser):
@@ -452,6 +463,8 @@ def main(argv=None):
     parser.add_argument("--text_column", default="text", help="column with the text (default: %(default)s)")
     parser.add_argument("--errors", choices=("strict", "skip"), default="strict",
                         help="what to do with unreadable files and lines: stop, or leave out and count")
+    parser.add_argument("--keep_overlaps", nargs="+", default=[], metavar="KIND",
+                        help="sources not compared with held-out documents, as theirs share wordings by construction")
     parser.add_argument("--seed", type=int, default=0, help="of order, split and problems (default: %(default)s)")
     parser.add_argument("--tokens_per_file", type=int, default=2**27)
     parser.add_argument("--overwrite", action="store_true", help="make it again even if it is finished")

@@ -2,7 +2,7 @@
 
     python -m data_scripts.prepare_prompts --output_dir data/prompts --tasks chain_sum:2-3 gcd:1 --train 2000 --test 200
     python -m data_scripts.prepare_prompts --output_dir data/prompts --tasks chain_sum=3 mathematics:1-2=1
-    python -m data_scripts.prepare_prompts --output_dir data/asked --from_messages chats.jsonl
+    python -m data_scripts.prepare_prompts --output_dir data/asked --from_messages chats.jsonl     # with --tasks: both
 
 Writes train.jsonl, test.jsonl and manifest.json. A row has `prompt` (messages; the question is worded as in the SFT
 sets), task, index, question, reference and metadata, from which `recipes/rewards.py` verifies a completion; rows of
@@ -60,8 +60,8 @@ class Settings:
     seed: int
 
     def __post_init__(self):
-        if bool(self.tasks) == bool(self.from_messages):
-            raise ValueError("give either tasks or from_messages, not both and not neither")
+        if not self.tasks and not self.from_messages:
+            raise ValueError("give tasks, from_messages or both: there is nothing to ask")
         for name, least in (("train", 1), ("test", 0), ("max_characters", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -195,12 +195,12 @@ def asked_rows(settings):
 
 def gather(settings):
     """Rows of both splits in the order of the files, and what was left out or is short."""
-    if settings.from_messages:
-        rows, left_out = asked_rows(settings)
-    else:
-        weights, rows, left_out = parse_weighted(settings.tasks, settings.tasks_folder), {}, {}
+    rows, left_out = asked_rows(settings) if settings.from_messages else ({split: [] for split in SPLITS}, {})
+    if settings.tasks:
+        weights = parse_weighted(settings.tasks, settings.tasks_folder)
         for split, total in (("train", settings.train), ("test", settings.test)):
-            rows[split], left_out[f"{split}: fewer than their share"] = draw(weights, split, total, settings)
+            drawn, left_out[f"{split}: fewer than their share"] = draw(weights, split, total, settings)
+            rows[split] = rows[split] + drawn
     for split in SPLITS:
         random.Random(f"{settings.seed} {split}").shuffle(rows[split])
     left_out["held out"] = without_held_out(rows)
@@ -214,7 +214,7 @@ def prepare(output_dir, *, tasks=(), train=1_000, test=100, from_messages=None, 
 
     Args:
         tasks: entries as `parse_weighted` reads them; train, test: problems of each split, all tasks together.
-        from_messages: conversations (file, folder or Hub name) instead; test_share: their held-out share.
+        from_messages: conversations (file, folder or Hub name), instead or besides; test_share: their held-out share.
         system: a system message for all prompts; else conversations keep theirs.
     Raises:
         ValueError: impossible settings, too few problems or an unusable row, with the way out.
@@ -250,7 +250,7 @@ def main(argv=None):
                         help="chain_sum:2-3=2 gcd:1; a task's weight (1) is shared among its levels")
     parser.add_argument("--train", type=int, default=1_000, help="problems of all tasks (default: %(default)s)")
     parser.add_argument("--test", type=int, default=100, help="held-out problems (default: %(default)s)")
-    parser.add_argument("--from_messages", help="conversations instead: .jsonl, Parquet, folder or Hub name")
+    parser.add_argument("--from_messages", help="conversations, instead or besides: file, folder or Hub name")
     parser.add_argument("--system", help="a system message for all prompts")
     parser.add_argument("--tasks_folder", help="where fetched tasks have their files (default: data/tasks)")
     parser.add_argument("--max_characters", type=int, default=2_000, help="of a question (default: %(default)s)")

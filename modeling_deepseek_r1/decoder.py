@@ -12,7 +12,8 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block. Source: DeepSeek-V3 (arXiv:2412.19437), Fig. 2.
 
     Shapes: hidden_states (B, S, D), position_embeddings two of (B, S, R / 2), attention_mask as the attention
-    implementation wants it, token_mask (B, S) bool and segment_ids (B, S) int64 for the router -> (B, S, D).
+    implementation wants it, token_mask (B, S) bool, segment_ids (B, S) int64 and routes (B, S, K) for the router
+    -> (B, S, D).
     """
 
     def __init__(self, config, layer_idx):
@@ -36,6 +37,7 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
         past_key_values=None,
         token_mask=None,
         segment_ids=None,
+        routes=None,
         **kwargs,
     ):
         attended, _ = self.self_attn(
@@ -46,5 +48,5 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.branch(attended)
-        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, segment_ids)
+        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, segment_ids, routes)
         return hidden_states + self.branch(fed_forward)

@@ -46,7 +46,8 @@ def step_body(selector, log_probs):
 
     In `batch.extra`: ends (B,) int32, tokens in the cache when a row reaches its limit; log (BLOCK_STEPS, B) int64 and
     log_probs (BLOCK_STEPS, B) float32, tokens chosen since `place` was set to 0; state, a SelectionState.
-    `log_probs`: None, "raw" (of the logits) or "processed" (of the scores that tokens are drawn by).
+    `log_probs`: None, "raw" (of the logits / log_prob_temperature) or "processed" (of the scores that tokens are drawn
+    by).
     """
 
     def make(batch):
@@ -71,7 +72,7 @@ def step_body(selector, log_probs):
         own, state = extra["selector"], extra["state"]
         running = ~batch.finished
         logits = step.head(step(batch.tokens, batch.inputs())[:, -1])
-        tokens = choose(own, logits, state, log_probs, extra["chosen"])
+        tokens = choose(own, logits, state, log_probs, extra["chosen"], batch.engine.options.log_prob_temperature)
         batch.lengths.add_(running)  # a row that has ended stands still, on the place after its last token
         batch.finished.logical_or_(batch.lengths >= extra["ends"])
         batch.tokens[:, 0].copy_(tokens)
@@ -84,11 +85,13 @@ def step_body(selector, log_probs):
     return make
 
 
-def choose(selector, logits, state, log_probs, out):
-    """Tokens (B,) of logits (B, V); their log-probabilities go to `out` (B,) if they are wanted."""
+def choose(selector, logits, state, log_probs, out, temperature):
+    """Tokens (B,) of logits (B, V); their log-probabilities go to `out` (B,) if they are wanted: see `step_body`."""
     tokens = selector.choose(logits, state)
-    if log_probs:
-        selector.log_prob_of(selector.process(logits, state) if log_probs == "processed" else logits, tokens, out)
+    if log_probs == "processed":
+        selector.log_prob_of(selector.process(logits, state), tokens, out)
+    elif log_probs:
+        selector.log_prob_of(logits, tokens, out, temperature)
     selector.finish(tokens, state)
     return tokens
 
@@ -190,7 +193,8 @@ class BatchLoop:
         state = self.selector.new_state(len(group))
         self.selector.reset_state(state, ids)
         chosen = torch.zeros(len(group), device=device)
-        tokens = choose(self.selector, logits, state, self.log_probs, chosen)
+        temperature = self.engine.options.log_prob_temperature
+        tokens = choose(self.selector, logits, state, self.log_probs, chosen, temperature)
         self.reports.append(Report(tokens.unsqueeze(0), chosen.unsqueeze(0) if self.log_probs else None,
                                    list(enumerate(group))))  # fmt: skip
         lengths = [len(request.prompt) for request in group]

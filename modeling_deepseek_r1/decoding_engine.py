@@ -166,7 +166,7 @@ class DecodingEngine:
         """Chooses the step, or keeps it, and reads what is derived from the weights."""
         options = self.options
         key = (dtype, options.kernels, options.graphs, options.cache_dtype, options.record_routes,
-               options.record_log_probs, self.addresses(), adapter_state(self.model),
+               options.record_log_probs and options.log_prob_temperature, self.addresses(), adapter_state(self.model),
                tuple(is_plain(layer.self_attn.kv_b_proj) for layer in self.model.model.layers))
         if key != self.step_key:
             self.batches, self.pool, self.step_key = {}, None, key

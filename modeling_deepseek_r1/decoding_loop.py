@@ -10,6 +10,7 @@ from .decoding_prefill import compact_prompts, distinct_rows, prefill
 from .decoding_record import DecodingRecorder
 from .decoding_rows import RowState
 from .decoding_sampling import TokenSelector
+from .kernels_sampling import token_log_probs_reference
 
 try:
     import triton
@@ -203,8 +204,9 @@ class DecodingLoop:
         """(B,) float32 where log-probabilities are recorded, else None."""
         if not self.options.record_log_probs:
             return None
-        logits = logits.float()
-        return logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+        found = torch.empty(len(tokens), dtype=torch.float32, device=logits.device)
+        token_log_probs_reference(logits, tokens, found, self.options.log_prob_temperature)
+        return found
 
     def note(self, batch, log_probs, where=None, count=None):
         """Records a step, after its token was appended; before the first step of a batch: the prompts' token."""
@@ -333,7 +335,8 @@ class DecodingLoop:
         selector, logits = batch.extra["selector"], DecodingLoop.step_logits(batch)
         tokens = selector.choose(logits, batch.extra["state"])
         if batch.extra["log_probs"] is not None:
-            selector.log_prob_of(logits, tokens, batch.extra["log_probs"])
+            temperature = batch.engine.options.log_prob_temperature
+            selector.log_prob_of(logits, tokens, batch.extra["log_probs"], temperature)
         return tokens
 
     @staticmethod

@@ -21,6 +21,8 @@ class DecodingOptions:
         record_routes: keep the experts chosen for every token in `model.decoding_record.routes`.
         record_log_probs: keep the chosen tokens' log-probabilities, before any processor, in
             `model.decoding_record.log_probs`.
+        log_prob_temperature: those are of softmax(logits / log_prob_temperature), the distribution that a trainer with
+            this temperature sees. It changes no choice.
         batch_slots: rows that `generate_batch` decodes at once at most; None: 256.
         batch_tokens: tokens that its cache holds in all rows together; None: on CUDA what 0.6 of the free memory
             holds, elsewhere 65,536.
@@ -34,6 +36,7 @@ class DecodingOptions:
     drafts: int = 1
     record_routes: bool = False
     record_log_probs: bool = False
+    log_prob_temperature: float = 1.0
     batch_slots: int | None = None
     batch_tokens: int | None = None
 
@@ -46,4 +49,7 @@ class DecodingOptions:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if name in ("batch_slots", "batch_tokens") and value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None for the default")
+        if name == "log_prob_temperature":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a number above 0; 1.0 leaves the logits as they are")
         super().__setattr__(name, value)

@@ -13,8 +13,9 @@ class DecodingRecord:
     Shapes (B rows, C columns of the returned sequences, P of them the prompts', M expert layers, K choices):
         routes: (B, C - 1, M, K) int16, on the device, experts of the token in each column (the last one never enters
             the model); -1 where no token was computed: padding, and after a row's end. 2 * M * K bytes a token.
-        log_probs: (B, C - P) float32 of the chosen tokens under the model's own distribution, before any processor;
-            0 after a row's end.
+            A training forward takes them as `routes` (see replay.py), with -1 appended for the last column.
+        log_probs: (B, C - P) float32 of the chosen tokens under softmax(logits / decoding.log_prob_temperature), before
+            any processor; 0 after a row's end.
     """
 
     routes: torch.Tensor | None = None

@@ -416,12 +416,12 @@ class TokenSelector:
             state.seen.scatter_(1, chosen, state.seen.gather(1, chosen) | within)
         state.step.add_(1)
 
-    def log_prob_of(self, logits, tokens, out):
-        """Writes the tokens' log-probabilities under the unprocessed logits into `out`.
+    def log_prob_of(self, logits, tokens, out, temperature=1.0):
+        """Writes the tokens' log-probabilities under logits / temperature, without any processor, into `out`.
 
         Shapes: logits (B, V) any float dtype, tokens (B,) int64 within the vocabulary, out (B,) float32 -> out.
         """
-        (token_log_probs if self.use_kernels else token_log_probs_reference)(logits, tokens, out)
+        (token_log_probs if self.use_kernels else token_log_probs_reference)(logits, tokens, out, temperature)
         return out
 
 

@@ -337,7 +337,7 @@ if triton is not None:
         tl.store(finished + row, done, mask=inside)
 
     @triton.jit(do_not_specialize_on_alignment=["tokens", "log_probs"])
-    def _log_prob_kernel(logits, tokens, log_probs, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    def _log_prob_kernel(logits, tokens, log_probs, inverse_temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * VOCAB
         lane = tl.arange(0, BLOCK)
         lane_max = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -345,13 +345,14 @@ if triton is not None:
         for start in range(0, VOCAB, BLOCK):
             offsets = start + lane
             scores = tl.load(logits + row + offsets, mask=offsets < VOCAB, other=-float("inf")).to(tl.float32)
+            scores *= inverse_temperature
             new_max = tl.maximum(lane_max, scores)
             safe = tl.where(new_max == -float("inf"), 0.0, new_max)
             lane_sum = lane_sum * tl.exp(lane_max - safe) + tl.exp(scores - safe)
             lane_max = new_max
         largest = tl.max(lane_max, 0)
         total = tl.sum(lane_sum * tl.exp(lane_max - largest), 0)
-        chosen = tl.load(logits + row + tl.load(tokens + tl.program_id(0))).to(tl.float32)
+        chosen = tl.load(logits + row + tl.load(tokens + tl.program_id(0))).to(tl.float32) * inverse_temperature
         tl.store(log_probs + tl.program_id(0), chosen - largest - tl.log(total))
 
 
@@ -505,14 +506,15 @@ def finish_rows_reference(tokens, finished, eos_ids, pad_id):
     finished.logical_or_((tokens.unsqueeze(-1) == eos_ids).any(-1))
 
 
-def token_log_probs(logits, tokens, out):
-    """log softmax(logits) of one token a row, into `out`. Shapes: (B, V) any float, (B,) int64, (B,) float32."""
+def token_log_probs(logits, tokens, out, temperature=1.0):
+    """log softmax(logits / temperature) of one token a row, into `out`; the temperature is a number, which a CUDA graph
+    keeps. Shapes: (B, V) any float, (B,) int64, (B,) float32."""
     logits = logits.contiguous()
     rows, vocab = logits.shape
-    _log_prob_kernel[(rows,)](logits, tokens, out, VOCAB=vocab, BLOCK=BLOCK, num_warps=WARPS)
+    _log_prob_kernel[(rows,)](logits, tokens, out, 1.0 / temperature, VOCAB=vocab, BLOCK=BLOCK, num_warps=WARPS)
 
 
-def token_log_probs_reference(logits, tokens, out):
+def token_log_probs_reference(logits, tokens, out, temperature=1.0):
     """The torch twin of `token_log_probs`."""
-    scores = logits.float()
+    scores = logits.float() / temperature
     out.copy_(scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(-1))

@@ -27,6 +27,7 @@ from .losses import linear_cross_entropy
 from .mtp import DeepSeekR1MTPLayer, document_ids, shift_left, shifted_labels
 from .norms import DeepSeekR1RMSNorm
 from .outputs import DeepSeekR1CausalLMOutput, last_token_index, token_regression_loss
+from .replay import split_routes
 from .rotary import DeepSeekR1RotaryEmbedding
 from .routing import DeepSeekR1Router, update_expert_bias
 
@@ -208,6 +209,7 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         token_mask=None,
+        routes=None,
         **kwargs,
     ):
         """input_ids (B, S) int64 or inputs_embeds (B, S, D) -> `last_hidden_state` (B, S, D) after the final norm.
@@ -215,6 +217,8 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         Documents packed in one row (positions that start again, no attention mask, no cache) do not see each other.
         `token_mask` (B, S) bool: False for tokens that the expert balance leaves out, such as the filling of packed
         rows; by default those that `attention_mask` masks.
+        `routes` (B, S, M, K) of an integer dtype: the experts of each token in the M decoder layers with experts, such
+        as those that `decoding.record_routes` kept; -1 where the router chooses. See `replay.py`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -225,8 +229,9 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         shared = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer, chosen in zip(layers, split_routes(routes, layers, inputs_embeds)):
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, routes=chosen, **shared, **kwargs)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -354,12 +359,14 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
         return total, each.view(targets.shape)
 
     def mtp_hidden_states(
-        self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, token_mask=None, **kwargs
+        self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, token_mask=None, routes=None,
+        **kwargs,
     ):
         """Yields, for depth k = 1, 2, ..., the states (B, S, D) from which the head predicts token i + k + 1.
 
         `hidden_states` is the main model's `last_hidden_state`. An entry whose token i + k lies past the row's end or
-        in another document means nothing; no other entry depends on it.
+        in another document means nothing; no other entry depends on it. `routes` are those of the decoder layers: these
+        layers choose their experts themselves.
         """
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)

@@ -18,7 +18,7 @@ class DeepSeekR1MLP(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None):
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -26,7 +26,8 @@ class DeepSeekR1MoE(nn.Module):
     """Sum of the chosen experts, each times its gate value, and of the shared experts.
 
     Source: DeepSeekMoE (arXiv:2401.06066), Eq. 9; DeepSeek-V3 (arXiv:2412.19437), Eq. 12.
-    Shapes: hidden_states (B, S, D), token_mask (B, S) bool, segment_ids (B, S) int64 -> (B, S, D).
+    Shapes: hidden_states (B, S, D), token_mask (B, S) bool, segment_ids (B, S) int64, routes (B, S, K)
+    -> (B, S, D).
     """
 
     def __init__(self, config):
@@ -39,7 +40,7 @@ class DeepSeekR1MoE(nn.Module):
             else None
         )
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None):
-        _, weights, indices = self.gate(hidden_states, token_mask, segment_ids)
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
+        _, weights, indices = self.gate(hidden_states, token_mask, segment_ids, routes)
         output = self.experts(hidden_states.flatten(0, -2), indices, weights).view_as(hidden_states)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)

@@ -71,7 +71,8 @@ class DeepSeekR1Router(ExactBuffers):
     """Token-choice top-k routing. Subclasses say how logits become scores and how experts are chosen from them.
 
     Shapes (T tokens = B * S, D hidden_size, E experts, K num_experts_per_tok):
-        hidden_states (B, S, D) or (T, D) of any float dtype, token_mask (B, S) bool, segment_ids (B, S) int64
+        hidden_states (B, S, D) or (T, D) of any float dtype, token_mask (B, S) bool, segment_ids (B, S) int64,
+        routes (B, S, K) of any integer dtype: experts to use instead of the choice, see `replayed`
         -> logits (T, E) float32, weights (T, K) float32, indices (T, K) int64 in no particular order.
 
     Buffers: `e_score_correction_bias` (E,) float32 where the kind has one; `load_counts` (E,) int64, tokens counted
@@ -108,12 +109,19 @@ class DeepSeekR1Router(ExactBuffers):
         groups = scores.unflatten(-1, (self.n_group, -1))
         return groups.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None):
+    def replayed(self, indices, routes):
+        """The router's own choice (T, K) -> the experts of `routes` (B, S, K), except where these are -1."""
+        routes = routes.reshape(indices.shape).to(indices)
+        return torch.where(routes[:, :1] < 0, indices, routes)
+
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
         # In fp32, also under autocast: rounding would make near-tied experts swap places.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.flatten(0, -2).float(), self.weight.float())
             scores = self.score(logits)
             indices = self.select(scores)
+            if routes is not None:
+                indices = self.replayed(indices, routes)
             weights = scores.gather(-1, indices)
             if self.norm_topk_prob:                                                       # V3, Eq. 13
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)

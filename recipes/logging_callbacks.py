@@ -33,6 +33,7 @@ NAMES = {
     "loss": "loss",
     "next_token_loss": "next-token loss",
     "mtp_loss": "mtp loss",
+    "feature_loss": "feature loss",
     "mean_token_accuracy": "token accuracy",
     "accuracy": "accuracy",
     "margin": "margin",
@@ -56,6 +57,7 @@ RL_NAMES = {
     "value_loss": "value loss",
     "ratio": "ratio",
     "clip_fraction": "clip fraction",
+    "clip_ratio/region_mean": "clip fraction",
     "value_clip_fraction": "value clip fraction",
     "explained_variance": "explained variance",
     "approx_kl": "approx kl",
@@ -63,10 +65,18 @@ RL_NAMES = {
     "completions/clipped_ratio": "cut off",
     "completions/empty": "empty",
     "completions/unscored": "unscored",
+    "frac_reward_zero_std": "zero variance",
+    "reflection_words": "reflection words",
+    "routing/experts_differ": "experts differ",
+    "routing/tokens_differ": "routes differ",
+    "routing/kl_replayed": "sampler kl with replay",
+    "routing/kl_own": "sampler kl without replay",
+    "routing/largest_difference": "largest log-probability difference",
     "seconds/rollout": "rollout seconds",
     "seconds/scoring": "scoring seconds",
     "seconds/update": "update seconds",
 }
+RL_PREFIXES = ("curriculum ", "sampling ", "groups ", "samples per ")  # named as they are logged
 LOAD_PREFIX = "load_max_over_mean_layer_"
 EVAL_NAMES = {
     "eval_loss": "eval loss",
@@ -83,6 +93,7 @@ def _rl_values(logs, prefix=""):
     """What a trainer with rewards logs, by our names; `prefix`: "eval_" of an evaluation."""
     word = prefix.replace("_", " ")
     found = {word + ours: logs[prefix + name] for name, ours in RL_NAMES.items() if logs.get(prefix + name) is not None}
+    found |= {name: value for name, value in logs.items() if name.startswith(RL_PREFIXES) and value is not None}
     start, end = f"{prefix}rewards/", "/mean"
     rewards = {name: logs[name] for name in logs if name.startswith(start) and name.endswith(end)}
     if rewards:
@@ -121,6 +132,7 @@ def console_line(record, max_steps):
         "kl": "{:.4f}",
         "length": "{:.0f}",
         "cut off": "{:.1%}",
+        "zero variance": "{:.0%}",
         "loss": "{:.3f}",
         "mtp loss": "{:.3f}",
         "token accuracy": "{:.3f}",

@@ -17,7 +17,8 @@ from recipes.reporting import STAGES, result_rows
 from recipes.sizing import count_parameters
 
 NOT_RECORDED = "not recorded"
-STAGE_OF_RUN = {"pretrain": "pretrain", "sft": "sft", "ppo": "ppo", "reward": "reward", "process_reward": "reward"}
+STAGE_OF_RUN = {"pretrain": "pretrain", "sft": "sft", "ppo": "ppo", "grpo": "grpo",
+                "distill": "distill", "reward": "reward", "process_reward": "reward"}  # fmt: skip
 TASKS = {
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
@@ -30,6 +31,8 @@ INTENDED = {
     "the best of several. It writes nothing.",
     "process_reward": "Scoring the steps of a solution, each at its last token. It writes nothing.",
     "ppo": "Answering questions of the kinds it was rewarded for.",
+    "grpo": "Answering questions of the kinds it was rewarded for.",
+    "distill": "Answering questions of the kinds that its teacher answered, with fewer parameters.",
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
+from recipes.rollout_arguments import RolloutArguments
 from recipes.run_settings import has_bf16
 
 # Fields of GRPO's that PPO does not use: what takes their place.
@@ -28,7 +29,6 @@ REPLACED = {
 CHOICES = {
     "kl_estimator": ("k1", "k3"),
     "truncated_completions": ("score", "bootstrap", "mask"),
-    "expert_balance": ("update", "frozen"),
     "value_function": ("shared", "separate"),
 }
 
@@ -38,7 +38,7 @@ def _setting(default, text):
 
 
 @dataclass
-class PPOConfig(GRPOConfig):
+class PPOConfig(RolloutArguments, GRPOConfig):
     """Settings of proximal policy optimisation on token sequences; everything of `trl.GRPOConfig` that has a meaning
     here (sampling, vLLM, clipping by `epsilon` and `epsilon_high`, `reward_weights`, logging), and the fields below.
 
@@ -93,12 +93,6 @@ class PPOConfig(GRPOConfig):
         "last state in place of a score) or mask (left out of the loss).",
     )
     missing_eos_penalty: float | None = _setting(None, "Taken from the score of a completion that was cut off.")
-    expert_balance: str = _setting(
-        "update",
-        "Routing biases of a DeepSeek model: update (once a rollout, so that rollout and update route alike) or "
-        "frozen.",
-    )
-    max_prompt_length: int | None = _setting(None, "Longest prompt in tokens. Default: what the context leaves.")
     # TRL's defaults that mean something else for GRPO
     loss_type: str = _setting("bnpo", "Has no effect: the loss is a mean over tokens.")
     scale_rewards: str = _setting("none", "Has no effect: see whiten_advantages.")
@@ -107,6 +101,7 @@ class PPOConfig(GRPOConfig):
         if self.bf16 is None:
             self.bf16 = has_bf16(self)  # TRL's default is an error without a GPU
         self._check_choices()
+        self.check_rollout_arguments()
         self._check_numbers()
         self._check_replaced()
         self.num_iterations = self.num_ppo_epochs
@@ -154,8 +149,6 @@ class PPOConfig(GRPOConfig):
             ("kl_horizon", self.kl_horizon >= 1, "at least 1"),
             ("max_kl", self.max_kl is None or self.max_kl > 0, "positive, or null"),
             ("value_learning_rate", self.value_learning_rate is None or self.value_learning_rate > 0, "positive"),
-            ("temperature", self.temperature > 0, "positive: PPO learns from what it samples"),
-            ("max_prompt_length", self.max_prompt_length is None or self.max_prompt_length >= 1, "at least 1"),
             ("reward_weights", not self.reward_weights or any(self.reward_weights), "other than 0, one at least"),
         )
         for name, holds, allowed in rules:

@@ -12,43 +12,23 @@ Sources: PPO (arXiv:1707.06347); InstructGPT (arXiv:2203.02155, Sec. 3.5); PPO a
 (arXiv:2501.12948, supplement A.3).
 """
 
-import time
-
 import torch
-from transformers import AutoTokenizer
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    get_config_model_id,
-    shuffle_sequence_dict,
-    split_tensor_dict,
-)
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from recipes import ppo_losses
-from recipes.callbacks import ExpertBalanceCallback
 from recipes.fused_forward import extend_fused_forward
 from recipes.ppo_arguments import PPOConfig
 from recipes.ppo_checkpoints import PPOCheckpointMixin
-from recipes.ppo_setup import (
-    EpochSampler,
-    RolloutBalanceCallback,
-    build_reference,
-    causal_lm,
-    count_alone,
-    load_causal_lm,
-    never_empty,
-    prepare_frozen,
-    prompt_budget,
-    reward_functions,
-    without_adapter,
-)
+from recipes.rl_setup import RolloutBalanceCallback, count_alone, without_adapter
+from recipes.rollouts import RolloutMixin
 from recipes.value_head import PPOModelOutput, build_value_head
 
 __all__ = ["PPOConfig", "PPOTrainer", "RolloutBalanceCallback"]
 
 
-class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
+class PPOTrainer(PPOCheckpointMixin, RolloutMixin, GRPOTrainer):
     """PPO with a value function, for prompts in TRL's standard or conversational format.
 
     Args beyond `GRPOTrainer`'s:
@@ -70,77 +50,21 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
     _name = "PPO"
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
-    def __init__(
-        self, model, reward_funcs, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
-        reward_processing_classes=None, ref_model=None, value_model=None, callbacks=None, **kwargs,
-    ):  # fmt: skip
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = PPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-PPO")
-        init_kwargs, loaded = args.model_init_kwargs, isinstance(model, str)
-        if loaded:
-            quantised = {name: kwargs.pop(name) for name in ("quantization_config",) if name in kwargs}
-            model = load_causal_lm(model, args, **quantised)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                get_config_model_id(model.config), trust_remote_code=args.trust_remote_code
-            )
-        rewards, self._reward_models = reward_functions(
-            reward_funcs, reward_processing_classes, processing_class, args.per_device_eval_batch_size,
-            args.chat_template_kwargs,
-        )  # fmt: skip
-        if hasattr(causal_lm(model), "freeze_mtp"):
-            causal_lm(model).freeze_mtp()
-        adapted = causal_lm(model) is not model or kwargs.get("peft_config") is not None
-        ref_model = build_reference(model, ref_model, args, adapted)
-        balanced = hasattr(causal_lm(model), "update_expert_bias")
-        if balanced and not any(isinstance(callback, ExpertBalanceCallback) for callback in callbacks or []):
-            callbacks = [*(callbacks or []), RolloutBalanceCallback()]
-        try:
-            args.model_init_kwargs = None if loaded else init_kwargs  # else TRL warns that it ignores them
-            super().__init__(
-                model, rewards, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                processing_class=processing_class, callbacks=callbacks, **kwargs,
-            )  # fmt: skip
-        finally:
-            args.model_init_kwargs = init_kwargs
-        policy = causal_lm(self.model)
+    config_class = PPOConfig
+
+    def __init__(self, model, reward_funcs, args=None, value_model=None, **kwargs):
+        super().__init__(model, reward_funcs, args, **kwargs)
+        args, policy = self.args, self._policy()
         source = args.value_model_name_or_path if value_model is None else value_model
         policy.value_head = build_value_head(policy, args.value_function, source).to(args.device)
         policy.value_head.trunk_gradient = args.value_trunk_gradient
-        count_alone(self.model)
+        count_alone(self.model)  # a separate value model counts too
         extend_fused_forward(policy, PPOModelOutput, lambda lm, *inputs: {"value_preds": lm.value_head(*inputs)})
-        if ref_model is not None:
-            add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
-            self.ref_model = prepare_frozen(ref_model, self)
-        for reward in self._reward_models:
-            reward.accelerator, reward.model = self.accelerator, prepare_frozen(reward.model, self, shard=False)
-        if self.rollout_func is not None:
-            self.rollout_func = never_empty(self.rollout_func, self.eos_token_ids[0])
         self.kl_coef, self._sums = args.kl_coef, {"train": {}, "eval": {}}
-        self._rollout_seconds = self._update_seconds = 0.0
-        self.max_prompt_length = prompt_budget(args, self.model.config.get_text_config(), self.train_dataset)
-        if self.use_vllm:
-            self._sync_policy_only()
 
-    def _sync_policy_only(self):
-        """vLLM gets the policy's weights and routing biases, which are buffers, and no value function."""
-        named = self.vllm_generation._iter_named_params
-
-        def policy_only():
-            yield from ((name, value) for name, value in named() if "value_head." not in name)
-            for name, value in self._policy().named_buffers():
-                if name.endswith("e_score_correction_bias") and not name.startswith("value_head."):
-                    yield name, value
-
-        self.vllm_generation._iter_named_params = policy_only
-
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        return EpochSampler(
-            sampler.data_source, sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count, sampler.shuffle,
-            sampler.seed, epoch=lambda: int(self.state.epoch or 0),
-        )  # fmt: skip
+    @staticmethod
+    def wants_reference(args):
+        return bool(args.kl_coef)
 
     def create_optimizer(self, *args, **kwargs):
         """The value function's parameters in groups of their own, where it has a learning rate of its own; also in an
@@ -158,54 +82,6 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         return optimizer
 
     # -- rollout
-
-    def _tokenize_prompts(self, prompts):
-        prompt_ids, *rest = super()._tokenize_prompts(prompts)
-        lengths = [len(ids) for ids in prompt_ids]
-        if max(lengths) > (self.max_prompt_length or max(lengths)):
-            place = lengths.index(max(lengths))
-            raise ValueError(
-                f"a prompt has {lengths[place]} tokens, max_prompt_length={self.max_prompt_length}: raise it, lower "
-                f"max_completion_length, or leave such prompts out. It begins {str(prompts[place])[:200]!r}"
-            )
-        return prompt_ids, *rest
-
-    def _generate_single_turn(self, *args, **kwargs):
-        with self.accelerator.autocast():
-            completion_ids, log_probs = super()._generate_single_turn(*args, **kwargs)
-        output = never_empty(lambda: {"completion_ids": completion_ids, "logprobs": log_probs}, self.eos_token_ids[0])()
-        return output["completion_ids"], output["logprobs"]
-
-    def _generate(self, prompts):
-        start = time.perf_counter()
-        result = super()._generate(prompts)
-        self._rollout_seconds = time.perf_counter() - start
-        return result
-
-    def _calculate_rewards(self, *args, **kwargs):
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-        compute_aux_loss=False, **images,
-    ):  # fmt: skip
-        """As GRPOTrainer's, for text; keeps in `self._values` the (B, T + 1) values of the states before each token of
-        the completion and after the last one, where the model has a value function."""
-        if any(value is not None for value in images.values()):
-            raise ValueError("PPOTrainer reads text only: leave out the images of the prompts")
-        found = []
-        for ids, mask in zip(*(each.split(batch_size or len(input_ids)) for each in (input_ids, attention_mask))):
-            labels = ids.masked_fill(mask == 0, -100)
-            labels[:, :-logits_to_keep] = -100
-            with self.accelerator.autocast():
-                output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-            values = output.get("value_preds")
-            values = None if values is None else values[:, -logits_to_keep - 1 :]
-            entropy = output.entropy[:, -logits_to_keep:] if compute_entropy else None
-            found.append((output.log_probs[:, -logits_to_keep:], entropy, values))
-        log_probs, entropy, self._values = (None if part[0] is None else torch.cat(part) for part in zip(*found))
-        return log_probs, entropy, None
 
     def _log_probs(self, model, rollout, batch_size=None, compute_entropy=False):
         input_ids, attention_mask = (
@@ -225,15 +101,14 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs):
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()  # what is still running belongs to the update
-        start, args, self._values = time.perf_counter(), self.args, None
+        start, args, self._values = self.rollout_clock(), self.args, None
         mode = "train" if self.model.training else "eval"
         rollout = super()._generate_and_score_completions(inputs)
         batch_size = getattr(args, f"per_device_{mode}_batch_size")
         with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             if self._values is None:  # GRPO needs no old log-probabilities where all steps are on-policy
-                rollout["old_per_token_logps"], _ = self._log_probs(self.model, rollout, batch_size)
+                with self.replaying(rollout):
+                    rollout["old_per_token_logps"], _ = self._log_probs(self.model, rollout, batch_size)
             values = self._values
             ref_log_probs = self._ref_log_probs(rollout, batch_size) if args.kl_coef else None
         scored = self._score_rollout(rollout, values, ref_log_probs)
@@ -282,9 +157,6 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
             "token_rewards": token_rewards, "last_values": last_values, "kl": kl, "empty": empty, "unscored": unscored,
         }  # fmt: skip
 
-    def _sum(self, tensor):
-        return self.accelerator.reduce(tensor, "sum")
-
     def _log_rollout(self, mode, rollout, scored, start):
         """Metrics of a rollout, over the tokens and completions of all processes; adapts kl_coef."""
         args, mask, returns = self.args, rollout["loss_mask"].float(), rollout["returns"]
@@ -294,7 +166,6 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
             errors.square().sum(), mask.new_tensor(len(mask)), scored["empty"].sum(), scored["unscored"].sum(),
         ]  # fmt: skip
         sums = self._sum(torch.stack([value.double() for value in local])).tolist()
-        seconds = time.perf_counter() - start  # after the sums: a GPU has finished scoring
         tokens, kl, total, squares, error, error_squares, completions, empty, unscored = sums
         tokens, log = max(tokens, 1), self._metrics[mode]
         variance = squares / tokens - (total / tokens) ** 2
@@ -303,8 +174,7 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
             log["explained_variance"].append(1 - (error_squares / tokens - (error / tokens) ** 2) / variance)
         log["completions/empty"].append(empty / completions)
         log["completions/unscored"].append(unscored / completions)
-        log["seconds/rollout"].append(self._rollout_seconds)
-        log["seconds/scoring"].append(seconds - self._rollout_seconds)
+        self.log_seconds(start)
         if args.kl_coef:
             log["kl"].append(kl / tokens)
             log["kl_coef"].append(self.kl_coef)
@@ -351,7 +221,8 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         args, mask = self.args, inputs["loss_mask"].float()
         mode = "train" if self.model.training else "eval"
-        log_probs, entropy = self._log_probs(model, inputs, compute_entropy=True)
+        with self.replaying(inputs):
+            log_probs, entropy = self._log_probs(model, inputs, compute_entropy=True)
         values, self._values = self._values[:, :-1], None
         cycle = args.steps_per_generation * self.num_iterations
         # The first step of a rollout is on-policy: the ratio is 1 exactly, whatever rounding another batch brings.
@@ -375,20 +246,6 @@ class PPOTrainer(PPOCheckpointMixin, GRPOTrainer):
         total = policy + args.vf_coef * value - args.entropy_coef * entropy
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # DDP takes the mean
         return (total * mask).sum() / tokens
-
-    def training_step(self, *args, **kwargs):
-        """Times the update: what steps take besides rollout and scoring."""
-        start, log = time.perf_counter(), self._metrics["train"]
-        rollouts = len(log.get("seconds/rollout", ()))
-        loss = super().training_step(*args, **kwargs)
-        seconds = time.perf_counter() - start
-        if len(log.get("seconds/rollout", ())) > rollouts:
-            seconds -= log["seconds/rollout"][-1] + log["seconds/scoring"][-1]
-        self._update_seconds += seconds
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            log["seconds/update"].append(self._update_seconds)
-            self._update_seconds = 0.0
-        return loss
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"

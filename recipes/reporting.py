@@ -22,23 +22,29 @@ if __package__ in (None, ""):  # launched as a script: recipes/ is first on the 
 import yaml
 
 from recipes.checkpoint_files import write_atomically
+from recipes.distill_plots import distill_figures, distill_rows, distill_section
 from recipes.eval_report import before_and_after
 from recipes.eval_tables import with_interval
 from recipes.expert_loads import balance_plot, favourite_rows, group_counts, heat_maps
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
-from recipes.ppo_plots import ppo_figures, ppo_rows
 from recipes.report_page import facts_table, page, plot
 from recipes.reward_plots import UNITS, reward_curves, reward_rows, reward_section
+from recipes.rl_plots import rl_figures, rl_rows
 
 REPORT_FILE = "report.html"
 MANY_SOURCES = 10  # more than these get a table of their own, and curves by kind
 STAGES = {
     "pretrain": "Pretraining", "sft": "Supervised fine-tuning", "ppo": "Reinforcement learning (PPO)",
+    "grpo": "Reinforcement learning (GRPO)",
     "reward": "Reward model", "process_reward": "Process reward model",
+    "distill": "Distillation",
 }  # fmt: skip
 
 # Losses that say nothing by themselves, without a unit: what they are made of.
-LOSSES = {"ppo": ("Policy loss + vf_coef x value loss - entropy_coef x entropy", None)}
+LOSSES = {
+    "ppo": ("Policy loss + vf_coef x value loss - entropy_coef x entropy", None),
+    "grpo": ("Policy loss + beta x KL - entropy_coef x entropy; near 0 on policy, whatever is learned", None),
+}
 
 # ---------------------------------------------------------------- reference values
 
@@ -111,7 +117,8 @@ def figures(records, baselines, model=(), stage="pretrain", kinds=()):
     losses += [("held out", *_series(evals, "eval loss"))] if evals else []
     accuracy = [("training", *_series(train, "token accuracy")), ("held out", *_series(evals, "eval token accuracy"))]
     accuracy = [curve for curve in accuracy if curve[1]]
-    made += ppo_figures(train, evals) + reward_curves(train, evals)
+    made += rl_figures(train, evals) + reward_curves(train, evals)
+    made += distill_figures(train, stage)
     if train:
         what, unit = LOSSES.get(stage, ("Training loss", UNITS.get(stage, "nats per token")))
         label = f"loss, {unit}" if unit else "loss"
@@ -192,7 +199,8 @@ def result_rows(records, evaluation, config):
     if held_out := evaluation.get("held_out"):
         text = f"loss {held_out['loss']:.4f} nats per token, {held_out['token_accuracy']:.1%} of tokens right"
         rows.append(("held-out answers", text))
-    rows += ppo_rows(train, evaluation) + reward_rows(evaluation)
+    rows += rl_rows(train, evaluation) + reward_rows(evaluation)
+    rows += distill_rows(evaluation)
     tasks = evaluation.get("tasks", {})
     for name in tasks.get("after", {}).get("tasks", ()):
         found = [tasks[stage]["tasks"][name]["pass@1"] for stage in ("before", "after") if stage in tasks]
@@ -270,6 +278,7 @@ def build_report(run_dir):
         + _source_section(evaluation, config)
         + _expert_section(evaluation, config)
         + reward_section(evaluation, run_dir)
+        + distill_section(evaluation)
         + before_and_after(evaluation.get("tasks", {}), run_dir)
         + (f"<h2>Samples</h2><section>{samples}</section>" if samples else "")
         + "<h2>Configuration</h2><section><details><summary>config.yaml</summary>"

@@ -154,7 +154,7 @@ class ModelReward:
     completion that was cut off has no end token. Otherwise the text is rendered with the reward model's own chat
     template, reasoning included.
 
-    `PPOTrainer` places `model` (`ppo_setup.prepare_frozen`: whole on every process) and sets `accelerator`, for
+    `PPOTrainer` places `model` (`rl_setup.prepare_frozen`: whole on every process) and sets `accelerator`, for
     its precision; without a trainer the model computes where and as it is.
 
     Args:

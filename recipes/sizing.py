@@ -216,7 +216,7 @@ def device_peak_flops(device, override_tflops=None):
     return None, "unknown device: set device_peak_tflops to get MFU and times"
 
 
-def _host_memory(device):
+def device_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -253,7 +253,7 @@ def layouts(config, args, parameters):
         names += [(f"fsdp2 x{count} + activation checkpointing", count, True, True)]
     elif not args.activation_checkpointing:
         names += [(f"one {args.device.type} + activation checkpointing", 1, False, True)]
-    usable = _host_memory(args.device) * USABLE_SHARE
+    usable = device_memory(args.device) * USABLE_SHARE
     rows = [(n, memory_per_device(config, args, d, s, c, parameters)) for n, d, s, c in names]
     return [(name, memory["total"] <= usable, memory) for name, memory in rows]
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
-from recipes.ppo_setup import load_named
+from recipes.rl_setup import load_named
 
 VALUE_FILE = "value_head.safetensors"
 KINDS = ("shared", "separate")
@@ -179,12 +179,13 @@ def _separate_head(policy, source):
 
 @contextlib.contextmanager
 def without_value_head(model):
-    """The causal LM as a plain one, for the time being."""
-    head = model._modules.pop("value_head")
+    """The causal LM as a plain one, for the time being; yields its value head, or None."""
+    head = model._modules.pop("value_head", None)
     try:
         yield head
     finally:
-        model.value_head = head
+        if head is not None:
+            model.value_head = head
 
 
 def save_value_head(head, folder, state_dict=None):

@@ -94,7 +94,7 @@ def test_quotas_sum_and_follow_the_weights():
 
 @pytest.mark.parametrize("tasks, message", [
     (["gcd:9"], "levels that gcd does not have"), (["gcd=0"], "a number above 0"), (["gdc"], "unknown task 'gdc'"),
-    (["human_eval"], "evaluation only"), ([], "either tasks or from_messages")])
+    (["human_eval"], "evaluation only"), ([], "give tasks, from_messages or both")])
 def test_impossible_tasks(tasks, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "x"), "--train", "5", *(["--tasks", *tasks] if tasks else [])])

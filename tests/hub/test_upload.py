@@ -38,6 +38,7 @@ torch.save(found, {output!r})
 """
 
 
+@pytest.mark.slow
 def test_all_stages_are_pushed_and_load_elsewhere(hub, stages, tmp_path, capfd):
     assert hub_upload.main([str(stages), "user/my", "--each_stage", "--private", "--license", "apache-2.0"]) == 0
     said = capfd.readouterr()

@@ -26,7 +26,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k",
                "not in_the_interpreter", __file__]  # fmt: skip

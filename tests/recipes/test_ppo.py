@@ -21,10 +21,10 @@ from data_scripts.train_tokenizer import train_tokenizer
 from recipes import ppo
 from recipes.logging_callbacks import read_metrics
 from recipes.ppo_config import PPORecipeConfig
-from recipes.ppo_data import build_prompts, fitting, hold_out_prompts, prompt_lengths
-from recipes.ppo_plots import ppo_rows
-from recipes.ppo_results import _held_out_rewards
 from recipes.pretrain_config import parse_config
+from recipes.rl_data import build_prompts, fitting, hold_out_prompts, prompt_lengths
+from recipes.rl_plots import rl_rows
+from recipes.rl_results import _held_out_rewards
 from recipes.task_puzzles import PUZZLE_TASKS
 from tests.recipes.tiny_run import SIZES
 
@@ -131,7 +131,7 @@ def test_a_reward_called_reward_is_not_the_weighted_sum():
     held_out = _held_out_rewards(trainer)
     assert held_out == {"reward": 1.0, "rewards": {"reward": 3.0, "format": 1.0}}
     records = [{"step": 1, "reward": reward, "rewards": {"reward": 3.0}} for reward in (0.0, 0.2, 0.5, 0.5, 1.0)]
-    rows = dict(ppo_rows(records, {"held_out_rewards": held_out}))
+    rows = dict(rl_rows(records, {"held_out_rewards": held_out}))
     assert rows["reward, first and last fifth of the run"] == "0.000 -> 1.000"
     assert rows["reward: reward"] == "3.000 -> 3.000"
     assert rows["rewards on held-out prompts"] == "sum 1.000, reward 3.000, format 1.000"
@@ -211,7 +211,7 @@ def test_dry_run_shows_data_and_rewards(base, tmp_path, capsys):
         (("--max_completion_length", "300"), "exceed the model's context of 256 tokens"),
         (("--validation_fraction", "0"), "eval_strategy=steps needs held-out prompts"),
         (("--ref_model_name_or_path", "/none"), "ref_model_name_or_path=/none cannot be loaded"),
-        (("--label_smoothing_factor", "0.1"), "label_smoothing_factor=0.1 has no effect in PPO"),
+        (("--label_smoothing_factor", "0.1"), "label_smoothing_factor=0.1 has no effect in reinforcement learning"),
         (("--lora_rank", "-1"), "lora_rank=-1 must be zero"),
         (("--eval_tasks", "chain_sums"), "chain_sum"),
         (("--rewardz", "a"), "did you mean rewards"),

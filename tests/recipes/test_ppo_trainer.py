@@ -17,8 +17,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
 from recipes.ppo_losses import adapted_kl_coef, generalized_advantages
-from recipes.ppo_setup import load_causal_lm
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.rl_setup import load_causal_lm
+from recipes.vllm_policy import attach
 from tests.recipes.tiny_ppo import (
     LENGTH,
     build,
@@ -121,6 +122,7 @@ def test_extra_padding_on_either_side_changes_nothing(tmp_path):
             noise = 5 if name.endswith("ids") else 0
             left = name.startswith("prompt")
             padded[name] = torch.nn.functional.pad(value, (3, 0) if left else (0, 4), value=noise)
+    padded["routes"] = torch.nn.functional.pad(rollout["routes"], (0, 0, 0, 0, 3, 4), value=-1)
     losses = []
     for batch in (rollout, padded):
         trainer.model.zero_grad()
@@ -274,10 +276,11 @@ def test_vllm_gets_the_policy_and_the_routing_biases(tmp_path, kind):
         _dist = trainer._dist
         _iter_named_params = VLLMGeneration._iter_named_params
         _fix_param_name_to_vllm = VLLMGeneration._fix_param_name_to_vllm
+        model_impl, mode = "auto", "server"
 
     trainer.vllm_generation = Engine()
     assert any("value_head" in name for name, _ in trainer.vllm_generation._iter_named_params())
-    trainer._sync_policy_only()
+    attach(trainer)
     names = [name for name, _ in trainer.vllm_generation._iter_named_params()]
     assert not any("value_head" in name for name in names)
     assert any(name.endswith("e_score_correction_bias") for name in names)
@@ -493,7 +496,7 @@ def test_processes_load_the_policy_whole(monkeypatch, tmp_path):
     policy().save_pretrained(tmp_path)
     args = PPOConfig(str(tmp_path / "run"), use_cpu=True, bf16=False)
     seen = []
-    monkeypatch.setattr("recipes.ppo_setup.create_model_from_path", lambda path, **kwargs: seen.append(kwargs))
+    monkeypatch.setattr("recipes.rl_setup.create_model_from_path", lambda path, **kwargs: seen.append(kwargs))
     load_causal_lm(str(tmp_path), args)
     monkeypatch.setattr(args, "distributed_state", SimpleNamespace(distributed_type="MULTI_GPU"))
     load_causal_lm(str(tmp_path), args, quantization_config="some")

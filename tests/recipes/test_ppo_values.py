@@ -5,7 +5,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from recipes.value_head import VALUE_FILE, ValueHead, build_value_head
 from tests.recipes.tiny_ppo import build, logged, one_thread, policy  # noqa: F401

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 import modeling_deepseek_r1
 from data_scripts.train_tokenizer import train_tokenizer
-from recipes.ppo_rewards import build_rewards
+from recipes.rl_rewards import build_rewards
 from recipes.reward_functions import ModelReward, checked, score_ids
 from tests.recipes.tiny_run import SIZES
 

@@ -1,4 +1,4 @@
-"""The part of a run's report that is about rewards: curves, where the time went, the rows of its table."""
+"""The part of a run's report that is about rollouts: curves, where the time went, the rows of its table."""
 
 import numpy
 from matplotlib import pyplot as plt
@@ -63,7 +63,7 @@ def time_plot(times):
     return figure_svg(figure)
 
 
-def ppo_figures(train, evals):
+def rl_figures(train, evals):
     """[(svg, caption)] of a run with rewards; [] for others."""
     if not any("reward" in record for record in train):
         return []
@@ -75,6 +75,16 @@ def ppo_figures(train, evals):
         ("nats per token", "Entropy of the policy's next token, mean over completions' tokens.",
          (("entropy", "entropy"),)),
         ("tokens", "Mean length of completions.", (("length", "length"),)),
+        ("words a completion", "Words of reflection, such as wait, check, wrong (DeepSeek-R1, Extended Data Fig. 1a).",
+         (("reflection words", "reflection words"),)),
+        ("share", "Groups whose completions all have the same reward, which teach nothing; what the curriculum knows: "
+         "prompts that are solved, hopeless, and the mean pass rate.",
+         (("groups without variance", "zero variance"), ("solved", "curriculum solved"),
+          ("hopeless", "curriculum hopeless"), ("pass rate", "curriculum pass rate"))),
+        ("share", "Experts chosen while sampling that the trainer's own router would not choose: of all choices, and "
+         "tokens (a layer) with any such.", (("choices", "experts differ"), ("tokens", "routes differ"))),
+        ("nats per token", "KL between sampler and trainer before any update: with the experts replayed, and without.",
+         (("with replay", "sampler kl with replay"), ("without", "sampler kl without replay"))),
         ("share of completions", "Completions cut off at the limit, empty ones, and those that no reward could judge.",
          (("cut off", "cut off"), ("empty", "empty"), ("unscored", "unscored"))),
         ("value loss", "Loss of the value function, before its weight.", (("value loss", "value loss"),)),
@@ -101,7 +111,7 @@ def _both_ends(records, read):
     return " -> ".join(f"{sum(end) / len(end):.3f}" if end else "none" for end in ends)
 
 
-def ppo_rows(train, evaluation):
+def rl_rows(train, evaluation):
     """[(label, text)] of the results table: rewards at both ends, KL, held-out rewards, shares of the time."""
     records = [record for record in train if record.get("reward") is not None]
     rows = []
@@ -110,6 +120,13 @@ def ppo_rows(train, evaluation):
         rows.append(("reward, first and last fifth of the run", _both_ends(records, _component("reward"))))
         for name in last.get("rewards", {}):
             rows.append((f"reward: {name}", _both_ends(records, _component("rewards", name))))
+        for name in ("length", "reflection words", "zero variance"):
+            if last.get(name) is not None:
+                rows.append((f"{name}, first and last fifth", _both_ends(records, _component(name))))
+        if last.get("sampler kl without replay") is not None:
+            told = (sum(record[f"sampler kl {end} replay"] for record in records) / len(records)
+                    for end in ("with", "without"))  # fmt: skip
+            rows.append(("KL of sampler and trainer, with and without replay", ", ".join(f"{x:.2e}" for x in told)))
         if last.get("kl") is not None:
             rows.append(("KL to the reference, at the end", f"{last['kl']:.4f} nats per token"))
         totals = numpy.array([times[1:] for times in rollout_times(train)]).sum(0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recipes.reward_functions import ModelReward
 from recipes.reward_scoring import load_reward_model
-from recipes.rewards import REWARDS, get_rewards, is_function_path
+from recipes.rewards import REWARDS, get_rewards, is_function_path, run_settings
 
 
 def _is_reward_model(name):
@@ -35,9 +35,10 @@ def build_rewards(args, policy_tokenizer):
     Raises:
         ValueError: for an unknown name, settings of a reward that is not there, a reward model that cannot be used.
     """
-    names, settings = args.all_rewards, dict(args.reward_kwargs or {})
-    if "length" in names:
-        settings["length"] = {"max_length": args.max_completion_length} | settings.get("length", {})
+    names = args.all_rewards
+    settings = run_settings(
+        names, args.reward_kwargs, policy_tokenizer, args.max_completion_length, args.chat_template_kwargs
+    )
     rules = [name for name in names if not _is_reward_model(name)]
     rules = dict(zip(rules, get_rewards(rules, settings)))
     rewards = [rules[name] if name in rules else _model_reward(name, args, policy_tokenizer) for name in names]

@@ -1,4 +1,4 @@
-"""What PPO is built of besides the policy: reference and rewards, checked before training; sampler; expert balance."""
+"""What PPO and GRPO are built of besides the policy: reference, rewards, prompts' limits, sampler, expert balance."""
 
 import contextlib
 import copy
@@ -7,7 +7,12 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import (
+    RepeatSampler,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+)
 
 from recipes.callbacks import ExpertBalanceCallback, balanced_model
 from recipes.reward_functions import ModelReward, checked
@@ -35,15 +40,16 @@ def load_causal_lm(path, args, **defaults):
     return create_model_from_path(path, **kwargs)
 
 
-def build_reference(model, ref_model, args, adapted):
+def build_reference(model, ref_model, args, adapted, wanted):
     """The frozen model that KL is measured against, or None where it is not needed: without KL, or with PEFT, where
     the base without its adapter takes the place.
 
     Args:
         ref_model: a model, a folder or Hub name, or None: a copy of the policy as it is now.
         adapted: whether the policy has an adapter, or is about to get one.
+        wanted: whether there is a KL to measure.
     """
-    if not args.kl_coef or (adapted and ref_model is None):
+    if not wanted or (adapted and ref_model is None):
         return None
     if ref_model is None and is_deepspeed_zero3_enabled():  # the policy's weights are shards already
         ref_model = get_config_model_id(model.config)
@@ -66,7 +72,8 @@ def prompt_budget(args, config, train_dataset):
     if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
         raise ValueError(
             f"{len(train_dataset)} prompts are fewer than the {prompts} of a rollout: lower "
-            "per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches, or raise num_generations"
+            "per_device_train_batch_size, gradient_accumulation_steps or the mini-batches of a rollout, or raise "
+            "num_generations"
         )
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
@@ -81,15 +88,21 @@ def prompt_budget(args, config, train_dataset):
 
 
 @contextlib.contextmanager
-def without_adapter(model):
-    """The base of a PEFT model for the time being. PEFT then turns every adapter on again, frozen ones too."""
+def same_trained(model):
+    """After it the same weights are trained as before: PEFT, once an adapter was off, trains frozen parts of it too."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
+
+
+@contextlib.contextmanager
+def without_adapter(model):
+    """The base of a PEFT model for the time being."""
+    with same_trained(model), model.disable_adapter():
+        yield
 
 
 def prepare_frozen(model, trainer, shard=True):
@@ -163,6 +176,11 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
+def optimizer_steps_of_rollout(args):
+    """Optimizer steps from one rollout to the next."""
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+
+
 class RolloutBalanceCallback(ExpertBalanceCallback):
     """Moves the routing biases after the last optimizer step of a rollout, or never (`expert_balance`).
 
@@ -179,7 +197,7 @@ class RolloutBalanceCallback(ExpertBalanceCallback):
             super().on_step_begin(args, state, control, model=part, **kwargs)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if (state.global_step + 1) % (args.num_ppo_epochs * args.num_mini_batches):
+        if (state.global_step + 1) % optimizer_steps_of_rollout(args):
             return  # the counts add up
         for part in balanced_parts(model):
             if args.expert_balance == "update":

@@ -11,7 +11,7 @@ import json
 from trl.data_utils import is_conversational
 
 from recipes.conversations import as_messages
-from recipes.ppo_setup import prompt_budget
+from recipes.rl_setup import prompt_budget
 from recipes.sft_data import read_splits
 
 
@@ -104,13 +104,16 @@ def hold_out_prompts(rows, share, seed):
             rows.select([place for place, out in enumerate(held_out) if out]))  # fmt: skip
 
 
+VERIFIED = {"accuracy", "length_group", "length_cosine"}  # rewards that judge nothing without a verifier
+
+
 def _check_verifiers(rewards, rows, where):
-    """ValueError where `accuracy` alone counts and no row names the task that verifies it: nothing would be learned."""
+    """ValueError where only verified answers count and no row can be verified: nothing would be learned."""
     verified = "task" in rows.column_names and any(task is not None for task in rows["task"])
-    if list(rewards) == ["accuracy"] and not verified:
+    if set(rewards) <= VERIFIED and not verified:
         raise ValueError(
-            f"rewards=accuracy, but no row of {where} has a task that verifies its answer; make prompts with python -m "
-            "data_scripts.prepare_prompts --tasks, or name a reward that judges every completion"
+            f"rewards={', '.join(rewards)}, but no row of {where} has a task that verifies its answer; make prompts "
+            "with python -m data_scripts.prepare_prompts --tasks, or name a reward that judges every completion"
         )
 
 

@@ -1,0 +1,59 @@
+"""Checkpoints in the middle of a rollout: what is left of it is saved, so that a resumed run takes the same steps."""
+
+from pathlib import Path
+
+import torch
+
+SHOWN = ("prompt", "completion", "advantages")  # of a rollout, beside its rewards: what samples are taken from
+
+
+class RolloutCheckpointMixin:
+    """Put before `trl.GRPOTrainer` in the list of bases; TRL would sample anew and read the wrong part.
+
+    Subclasses add to `rollout_state` and take it back in `load_rollout_state`.
+    """
+
+    def _expert_counts(self):
+        """The tokens counted at the routers since their biases moved: these buffers are not in the weights."""
+        return {name: buffer for name, buffer in self._policy().named_buffers() if name.endswith("load_counts")}
+
+    def _rollout_file(self, folder):
+        return Path(folder) / f"rollout_{self.args.process_index}.pt"
+
+    def rollout_state(self):
+        """What a resumed run needs to go on in the middle of a rollout: tensors and plain values."""
+        state = {"step": self._step, "rollout": None, "expert_counts": self._expert_counts()}
+        state["expert_load"] = dict(getattr(self._policy(), "expert_load", {}))  # logged until the biases move again
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            state["rollout"] = self._buffered_inputs
+            logs = {name: list(self._logs[name]) for name in SHOWN}
+            state["completions"] = logs | {"rewards": {n: list(v) for n, v in self._logs["rewards"].items()}}
+        return state
+
+    def load_rollout_state(self, state):
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        for name, buffer in self._expert_counts().items():
+            buffer.copy_(state["expert_counts"][name])
+        if state.get("expert_load"):
+            self._policy()._expert_load = state["expert_load"]
+        completions = state.get("completions") or {}
+        for name, values in (completions.pop("rewards", {})).items():
+            self._logs["rewards"][name].extend(values)
+        for name, values in completions.items():
+            self._logs[name].extend(values)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        torch.save(self.rollout_state(), self._rollout_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._rollout_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing: the checkpoint was saved with save_only_model, or by another number of processes "
+                "than now; start a new run from its weights"
+            )
+        self.load_rollout_state(torch.load(path, map_location=self.args.device, weights_only=True))
