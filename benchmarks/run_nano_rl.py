@@ -25,6 +25,7 @@ multi-process service (nvidia-cuda-mps-control -d). `--size tiny` rehearses ever
 """
 
 import argparse
+import copy
 import json
 import re
 import subprocess
@@ -73,6 +74,7 @@ REHEARSAL = {"pretrain": ["--max_steps", "12", "--warmup_steps", "2", *SHORT[2:]
              "cold": ["--max_steps", "12", "--warmup_steps", "2", "--eval_before", "false", *SHORT],
              "grpo": ["--max_steps", "4", "--warmup_steps", "1", *SHORT],
              "ppo": ["--warmup_steps", "1", *SHORT]}  # fmt: skip
+LISTS = ("rewards", "reward_weights", "eval_tasks")  # also where they have one entry
 REFUSAL = re.compile(r"^ValueError: (nothing can be learned.*)", re.M | re.S)  # of the pre-flight
 # (heading, name in metrics.jsonl, format)
 CURVES = (
@@ -92,16 +94,20 @@ def read_config(size, stage):
 
 
 def with_overrides(config, overrides):
-    """A YAML's values with `--key value ...` arguments laid over them, for counting."""
-    found, key = dict(config), None
+    """A YAML's values with `--key value ...` arguments laid over them, `--key.part value` inside of one."""
+    found, given = copy.deepcopy(config), {}
     for argument in map(str, overrides):
         if argument.startswith("--"):
-            key = argument.removeprefix("--")
-            found[key] = []
+            values = given[argument.removeprefix("--")] = []
         else:
-            found[key] = [*found[key], yaml.safe_load(argument)]
-    return {key: value[0] if isinstance(value, list) and len(value) == 1 and key not in ("rewards", "eval_tasks")
-            else value for key, value in found.items()}  # fmt: skip
+            values.append(yaml.safe_load(argument))
+    for key, values in given.items():
+        *parts, name = key.split(".")
+        inside = found
+        for part in parts:
+            inside[part] = inside = inside.get(part) or {}
+        inside[name] = values[0] if len(values) == 1 and key not in LISTS else values
+    return found
 
 
 def samples_of(config):
@@ -170,11 +176,11 @@ def with_length_reward(config):
 
 
 def setting_arguments(setting, size, of_stage):
-    """(script, config file, arguments) that make a setting, overrides of the command line last."""
+    """(script, config file, arguments) that make a setting; overrides of the command line win."""
     grpo = with_overrides(read_config(size, "grpo"), of_stage["grpo"])
     if setting != "ppo":
         extra = with_length_reward(grpo) if setting == "dapo" and "length" not in grpo["rewards"] else []
-        return "recipes/grpo.py", CONFIGS[size]["grpo"], [*ARGUMENTS[setting], *extra, *of_stage["grpo"]]
+        return "recipes/grpo.py", CONFIGS[size]["grpo"], [*ARGUMENTS[setting], *of_stage["grpo"], *extra]
     shared = [part for name in SHARED if grpo.get(name) is not None for part in (f"--{name}", *texts_of(grpo[name]))]
     shared += ["--kl_coef", str(grpo.get("beta", 0.0))]
     ppo = with_overrides(read_config(size, "ppo"), [*shared, *of_stage["ppo"]])
@@ -303,10 +309,12 @@ def split_overrides(arguments, size):
             stage, dot, key = argument.removeprefix("--").partition(".")
             if stage not in OF_STAGE or not dot:
                 raise SystemExit(f"{argument}: begin it with {', '.join(OF_STAGE)} and a dot, e.g. --grpo.max_steps 9")
-            argument = f"--{key}"
+            key, equals, value = key.partition("=")
+            of_stage[stage] += [f"--{key}", *([value] if equals else [])]
         elif stage is None:
             raise SystemExit(f"{argument} belongs to no option")
-        of_stage[stage].append(argument)
+        else:
+            of_stage[stage].append(argument)
     return of_stage
 
 

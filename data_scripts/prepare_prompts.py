@@ -6,8 +6,9 @@
 
 Writes train.jsonl, test.jsonl and manifest.json. A row has `prompt` (messages; the question is worded as in the SFT
 sets), task, index, question, reference and metadata, from which `recipes/rewards.py` verifies a completion; rows of
-conversations have prompt and question only. The side of a problem is the task's own, so that what is evaluated is
-never trained on. A finished set of the same settings is not made again.
+conversations have prompt and question only, and a question that a task asks too is the task's. The side of a problem is
+the task's own, also where a conversation names its task and key, so that what is evaluated is never trained on. A
+finished set of the same settings is not made again.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from itertools import islice
 from pathlib import Path
 
 from data_scripts.finetuning.sft_settings import code_version
-from data_scripts.finetuning.sft_sources import to_messages
+from data_scripts.finetuning.sft_sources import problem_side, to_messages
 from data_scripts.packing import packed_writer
 from data_scripts.preferences.preference_files import (
     OURS,
     SPLITS,
+    asks,
     assert_disjoint,
     read_finished,
     without_held_out,
@@ -35,7 +37,7 @@ from data_scripts.row_files import read_rows
 from data_scripts.sources import identity
 from recipes.evaluation import parse_task
 from recipes.task_base import split_of
-from recipes.tasks import get_task
+from recipes.tasks import TASKS, get_task
 from recipes.text_files import BadInput, ReadReport
 
 logger = logging.getLogger(__name__)
@@ -156,7 +158,10 @@ def row_of(problem, settings):
 
 
 def asked_rows(settings):
-    """({"train": rows, "test": rows}, counts): the first question of each conversation, none twice, split by hash."""
+    """({"train": rows, "test": rows}, counts): the first question of each conversation, none twice.
+
+    A row that names a task and a problem's key lies on that problem's side, any other on that of its question's hash.
+    """
     rows, report, seen, left_out = {split: [] for split in SPLITS}, ReadReport(), set(), Counter()
     for place, row in read_rows(settings.from_messages):
         try:
@@ -183,9 +188,11 @@ def asked_rows(settings):
             continue
         seen.add(text)
         given_system = turns[0]["content"] if turns[0]["role"] == "system" else None
-        rows[split_of(question, settings.test_share)].append({
-            "prompt": messages_of(question, settings.system or given_system), "question": question, "problem": text,
-            "source": "messages", "kind": "messages"})
+        task, key = row.get("task"), row.get("key")
+        named = isinstance(task, str) and task in TASKS and isinstance(key, str) and bool(key)
+        rows[problem_side(task, key) if named else split_of(question, settings.test_share)].append({
+            "prompt": messages_of(question, settings.system or given_system), "question": question,
+            "problem": f"{task}|{key}" if named else text, "source": "messages", "kind": "messages"})
     if not rows["train"]:
         raise ValueError(f"from_messages={settings.from_messages!r} gave no training prompt"
                          + (f"; {report.skipped} rows were skipped, the first: {report.examples[0]}"
@@ -197,10 +204,14 @@ def gather(settings):
     """Rows of both splits in the order of the files, and what was left out or is short."""
     rows, left_out = asked_rows(settings) if settings.from_messages else ({split: [] for split in SPLITS}, {})
     if settings.tasks:
-        weights = parse_weighted(settings.tasks, settings.tasks_folder)
+        weights, drawn = parse_weighted(settings.tasks, settings.tasks_folder), {}
         for split, total in (("train", settings.train), ("test", settings.test)):
-            drawn, left_out[f"{split}: fewer than their share"] = draw(weights, split, total, settings)
-            rows[split] = rows[split] + drawn
+            drawn[split], left_out[f"{split}: fewer than their share"] = draw(weights, split, total, settings)
+        known = set().union(*(asks(row) for split in SPLITS for row in drawn[split]))
+        for split in SPLITS:
+            own = [row for row in rows[split] if not asks(row) & known]
+            left_out["asked by a task"] = left_out.get("asked by a task", 0) + len(rows[split]) - len(own)
+            rows[split] = own + drawn[split]
     for split in SPLITS:
         random.Random(f"{settings.seed} {split}").shuffle(rows[split])
     left_out["held out"] = without_held_out(rows)

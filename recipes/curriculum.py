@@ -303,7 +303,7 @@ class PromptCurriculum:
                 "curriculum: the checkpoint was made with other prompts (their number, tasks, levels or from_step "
                 "differ); resume with the same dataset_name, or start a new run"
             )
-        array = lambda name: state[name].numpy().copy()
+        array = lambda name: state[name].cpu().numpy().copy()  # the trainer reads a checkpoint onto its device
         self.epoch, self.queue, self.entered = state["epoch"], array("queue"), array("entered")
         self.rates.clock = state["clock"]
         for name in self._ARRAYS:

@@ -78,7 +78,8 @@ def measure(trainer, model, tokenizer):
 
 
 def read_teacher_eval(args):
-    """The teacher's results from an eval.json: of recipes/eval.py, of a stage (after training), or of a distillation.
+    """The teacher's results from an eval.json: of recipes/eval.py, of the stage that trained it (after training), or of
+    another student's distillation from it.
 
     Raises:
         ValueError: where it holds none of `eval_tasks`, or with other settings.
@@ -88,7 +89,11 @@ def read_teacher_eval(args):
     if not path.is_file():
         raise ValueError(f"teacher_eval={args.teacher_eval} does not exist; leave it out to evaluate the teacher here")
     found = json.loads(path.read_text(encoding="utf-8"))
-    found = found if "overall" in found else found.get("tasks", {}).get("after", {})
+    theirs = found.get("distillation", {}).get("teacher", {})
+    if theirs.get("name") == args.teacher_model_name_or_path:  # "after" is another student's
+        found = theirs.get("tasks", {})
+    elif "overall" not in found:
+        found = found.get("tasks", {}).get("after", {})
     wanted, held = args.task_evaluation().facts(), found.get("settings")
     if held is None:
         raise ValueError(f"teacher_eval={path} holds no results on tasks; leave it out to evaluate the teacher here")

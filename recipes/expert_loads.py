@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from modeling_deepseek_r1.routing import DeepSeekR1Router
-from recipes.report_page import COLORS, figure_svg, plt
+from recipes.report_page import COLORS, MaxNLocator, figure_svg, plt
 
 SHOWN_LAYERS = 3    # heat maps in the report: the first, middle and last layer with experts
 SHOWN_EXPERTS = 4   # in the table of favourites
@@ -140,6 +140,7 @@ def balance_plot(table):
         color, width = ("black", 2) if name == "all" else (color, 1.2)
         axes.plot(*zip(*points), label=name, color=color, linewidth=width)
     axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("expert load, max / mean")
     axes.axhline(1.0, color="#8a939c", linewidth=1, linestyle="--")
     axes.grid(alpha=0.25)

@@ -10,7 +10,8 @@ from recipes.run_settings import has_bf16, setting
 
 # Fields of TRL's that do not work here: what takes their place.
 REPLACED = {
-    "router_aux_loss_coef": "the model's own balance: expert_balance, seq_aux_loss_alpha",
+    "router_aux_loss_coef": "the model's own balance: expert_balance and seq_aux_loss_alpha, or, of another model with "
+    "experts, the router_aux_loss_coef of its config",
     "use_liger_kernel": "nothing: the head is fused already",
 }
 CURRICULA = ("none", "pass_rate")
@@ -104,6 +105,7 @@ class R1GRPOConfig(RolloutArguments, GRPOConfig):
             ("num_generations", (self.num_generations or 0) >= 2, "at least 2: groups are compared within"),
             ("epsilon", self.epsilon > 0, "positive"),
             ("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "positive"),
+            ("reward_weights", not self.reward_weights or any(self.reward_weights), "other than 0, one at least"),
             ("beta", self.beta >= 0, "zero (no reference) or more"),
             ("num_iterations", self.num_iterations >= 1, "at least 1"),
             ("dynamic_sampling_rounds", self.dynamic_sampling_rounds >= 1, "at least 1"),

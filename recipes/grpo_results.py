@@ -48,7 +48,7 @@ def preflight(trainer):
     groups = sample["rewards"].shape[:2]
     report = survey(
         {name: sample["rewards"][..., place] for place, name in enumerate(sample["names"])}, sample["completions"],
-        weights=dict(zip(sample["names"], trainer.reward_weights.tolist())),
+        weights=dict(zip(sample["names"], sample["weights"])),
         truncated=torch.tensor(sample["truncated"]).view(groups), lengths=torch.tensor(sample["lengths"]).view(groups),
         prompts=sample["prompts"][:: args.num_generations],
         passed_by=args.curriculum_reward if args.curriculum_reward in sample["names"] else None,

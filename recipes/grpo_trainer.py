@@ -11,8 +11,6 @@ Sources: GRPO (arXiv:2402.03300, Sec. 4.1), DeepSeek-R1 (arXiv:2501.12948, Sec. 
 (arXiv:2503.20783), GSPO (arXiv:2507.18071), rollout routing replay (arXiv:2510.11370).
 """
 
-import random
-
 import numpy
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +25,7 @@ from recipes.reflection import reflection_words
 from recipes.reward_schedule import weights_at
 from recipes.rewards import completion_text
 from recipes.rl_setup import RolloutBalanceCallback
-from recipes.rollouts import RolloutMixin
+from recipes.rollouts import RolloutMixin, same_random_numbers
 
 __all__ = ["R1GRPOConfig", "R1GRPOTrainer", "RolloutBalanceCallback"]
 
@@ -86,7 +84,13 @@ class R1GRPOTrainer(ReferenceCheckpointMixin, RolloutMixin, GRPOTrainer):
                 f"prompts_from_step={self.args.prompts_from_step} holds back prompts without a task, but the prompts "
                 "have no column task; make them with python -m data_scripts.prepare_prompts, or leave it out"
             )
-        return [0 if task is not None else self.args.prompts_from_step for task in self.train_dataset["task"]]
+        steps = [0 if task is not None else self.args.prompts_from_step for task in self.train_dataset["task"]]
+        if min(steps):
+            raise ValueError(
+                f"prompts_from_step={self.args.prompts_from_step} holds back all prompts, as none has a task; leave it "
+                "out, or add prompts with one"
+            )
+        return steps
 
     def _follow_policy(self):
         if self.ref_model is None:
@@ -175,8 +179,14 @@ class R1GRPOTrainer(ReferenceCheckpointMixin, RolloutMixin, GRPOTrainer):
             return
         places, rates, scored = zip(*asked)
         rates, scored = (torch.cat(each).cpu().numpy() for each in (rates, scored))
-        if self.args.curriculum == "none" and (numpy.abs(2 * rates - 1) > 1).any():
-            return  # a reward of that name which is no pass rate; a curriculum by it raises
+        beyond = rates[numpy.abs(2 * rates - 1) > 1]
+        if beyond.size and self.args.curriculum == "none":
+            return  # a reward of that name which is no pass rate
+        if beyond.size:
+            raise ValueError(
+                f"curriculum_reward={self.args.curriculum_reward!r} gave a group {beyond[0]:g} on average, which is no "
+                "pass rate from 0 to 1; name another reward, or set curriculum=none"
+            )
         self.curriculum.update(numpy.concatenate(places), rates, scored)
         log = self._metrics["train"]
         for name, value in self.curriculum.metrics(self.state.global_step).items():
@@ -227,28 +237,27 @@ class R1GRPOTrainer(ReferenceCheckpointMixin, RolloutMixin, GRPOTrainer):
         """Completions of the policy for a look at what can be learned: nothing of the run changes.
 
         Args:
-            prompts: how many of the training prompts, spread over the set, at least one a process; `group`:
-                completions of each. At most a rollout's completions are sampled at a time.
+            prompts: how many of the training prompts that may be asked now, spread over the set, at least one a
+                process; `group`: completions of each. At most a rollout's completions are sampled at a time.
         Returns:
-            {"rewards": (groups, G, functions) with NaN where one could not judge, "names", "prompts", "completions",
-            "lengths", "truncated"}, of all processes.
+            {"rewards": (groups, G, functions) with NaN where one could not judge, "names", "weights" as they are now,
+            "prompts", "completions", "lengths", "truncated"}, of all processes.
         """
+        self._weigh_rewards()
         places = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.seed))
+        places = places[torch.from_numpy(self.curriculum.from_step)[places] <= self.state.global_step]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         count = -(-min(prompts, len(places)) // world) * world  # as many on each process
         own = places[torch.arange(count) % len(places)].tolist()[rank::world]
         at_once = max(1, self.args.per_device_train_batch_size * self.args.steps_per_generation // group)
         training, seen = self.model.training, self.state.num_input_tokens_seen
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         self.model.eval()
-        parts, states = [], (random.getstate(), numpy.random.get_state())  # rewards may draw as well
+        parts = []
         try:
-            with torch.random.fork_rng(devices=devices):
+            with same_random_numbers(self.accelerator.device):
                 for start in range(0, len(own), at_once):
                     parts.append(self._sample_part(own[start : start + at_once], group))
         finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
             self.model.train(training)
             self._metrics["eval"].clear()
             self._pending_extra_logs.clear()
@@ -258,7 +267,8 @@ class R1GRPOTrainer(ReferenceCheckpointMixin, RolloutMixin, GRPOTrainer):
         join = lambda lists: [item for each in lists for item in each]
         return {
             "rewards": torch.cat([each.view(-1, group, each.size(1)) for each in rewards]).cpu(),
-            "names": self.reward_func_names, "prompts": join(prompts), "completions": join(completions),
+            "names": self.reward_func_names, "weights": self.reward_weights.tolist(),
+            "prompts": join(prompts), "completions": join(completions),
             "lengths": [len(each) for each in join(ids)],
             "truncated": [each[-1] not in self.eos_token_ids for each in join(ids)],
         }  # fmt: skip

@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # launched as a script: recipes/ is first on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.pipeline_graph import plan, read_graph
-from recipes.pipeline_report import REPORT_FILE, write_report
-from recipes.pipeline_run import DONE, USERS, announce, check_choice, run, summary
+from recipes.pipeline_report import REPORT_FILE
+from recipes.pipeline_run import DONE, USERS, announce, check_choice, draw, run, summary
 from recipes.pipeline_stages import KINDS, check_stage
 from recipes.pipeline_state import PipelineFolder
 
@@ -69,7 +69,7 @@ def main(argv=None):
         failed = run(graph, home, planned, chosen, options.launcher or graph.launcher, options.keep_going)
         report = home.path / REPORT_FILE  # drawn after each stage
         if all(planned[name].status == DONE for name in chosen) or not report.is_file():
-            write_report(graph, home)
+            draw(graph, home)
     print(f"\n{summary(graph, home)}\nreport   {report}")
     if failed:
         raise ValueError("not finished: " + "; ".join(f"{name} ({why})" for name, why in failed.items()))
@@ -81,3 +81,5 @@ if __name__ == "__main__":
         main()
     except USERS as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

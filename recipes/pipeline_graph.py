@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NAME = re.compile(r"[A-Za-z]\w*")
 GRAPH_KEYS = ("title", "output_dir", "launcher", "defaults", "stages")
 STAGE_KEYS = ("kind", "config", "module", "command", "branches", "inputs", "arguments")
-OURS = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")  # set by the pipeline itself
+OURS = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")  # set by the pipeline
 PATH_FLAG = re.compile(
     r".*(name_or_path|dataset_name|dataset|from_messages|from_samples|from_folder|corpus|conversations|teacher_eval)"
 )
@@ -77,16 +77,19 @@ class Reference:
     def of(cls, text, names):
         text = str(text)
         prefix, equals, inner = text.partition("=")
-        for before, value in (("", text), (prefix + equals, inner)):
+        if not NAME.fullmatch(prefix):  # a path with = in it
+            equals = ""
+        for before, value in (("", text), (prefix + equals, inner if equals else "")):
             head, _, rest = value.partition("/")
             if value and head in names:
                 return cls(before, head, rest)
-        return cls("", None, text) if not equals else cls(prefix + equals, None, inner)
+        return cls(prefix + equals, None, inner) if equals else cls("", None, text)
 
     def resolved(self, folder):
         """As it stands on a command line; `folder`: that of all stages."""
         if self.stage is None:
-            return self.prefix + self.rest.removeprefix("hub:")
+            rest = self.rest.removeprefix("hub:")
+            return self.prefix + (str(Path(rest).expanduser()) if rest.startswith("~") else rest)
         return self.prefix + str(Path(folder, self.stage, self.rest))
 
 
@@ -197,6 +200,9 @@ class Graph:
         if branch and branch not in self.branch_names():
             known = ", ".join(self.branch_names()) or "none: leave it out"
             raise ValueError(f"--branch {branch}: no such branch; branches are {known}")
+        if until and not self.in_branch(until, branch):
+            has = ", ".join(self.stages[until].branches)
+            raise ValueError(f"--until {until} is of branch {has}, not of --branch {branch}; leave one of them out")
         wanted = set(only) or (self.ancestors(until) if until else set(self.names))
         return [name for name in self.stages if name in wanted and (name in only or self.in_branch(name, branch))]
 
@@ -216,29 +222,36 @@ def _read_yaml(path, what):
     return content
 
 
-def _scalar(text):
-    """A value of the command line as YAML would have given it: numbers, true, false, JSON; else text."""
+def _scalar(text, flag):
+    """The value after `flag` as YAML would have given it: numbers, true, false, JSON; else text."""
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
         return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
-    return {"true": True, "false": False}.get(text.lower(), json.loads(text) if text[:1] in "[{" and text else text)
+    if text.startswith(("[", "{")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {text} is not valid JSON ({error}); a list may also be written as "
+                             f"{flag} a b c") from error
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def parse_overrides(arguments, names):
     """["--sft.max_steps", "9"] -> {"sft": {"max_steps": 9}}; a key without a stage is an error."""
-    found, values = {}, None
+    found, values, flag = {}, None, ""
     for argument in arguments:
         if argument.startswith("--"):
+            flag = argument.partition("=")[0]
             key, equals, inline = argument[2:].partition("=")
             stage, dot, key = key.partition(".")
             if not dot or stage not in names:
                 raise ValueError(f"{argument}: begin it with a stage, e.g. --{names[0]}.{key or stage}; stages are "
                                  f"{', '.join(names)}")
             values = found.setdefault(stage, {}).setdefault(key, [])
-            values[:] = [_scalar(inline)] if equals else []
+            values[:] = [_scalar(inline, flag)] if equals else []
         elif values is None:
             raise ValueError(f"{argument}: a value without a key; write --stage.key value")
         else:
-            values.append(_scalar(argument))
+            values.append(_scalar(argument, flag))
     return {stage: {key: True if not v else v[0] if len(v) == 1 else list(v) for key, v in given.items()}
             for stage, given in found.items()}
 
@@ -315,7 +328,11 @@ def settings_of(graph, name):
     values |= _read_yaml(stage.config, "config") if stage.config else {}
     for key, value in (stage.arguments | stage.inputs).items():
         group, dot, inner = key.partition(".")
-        values[group] = (values.get(group) or {}) | {inner: value} if dot else value
+        held = values.get(group) or {}
+        if dot and isinstance(held, dict):
+            values[group] = held | {inner: value}
+        else:  # a plain key, or one inside of what is written as JSON
+            values[key] = value
     for flag, reference in stage.references(graph.names):
         outside = _path_of(reference.rest)
         if reference.stage is None and not reference.rest.startswith("hub:") and outside.exists():
@@ -375,3 +392,10 @@ def plan(graph, records, files, forced=()):
         versions[name] = new["version"] = version_of(new["settings"], new["inputs"], run)
         planned[name] = Planned(status, reasons, new | {"run": run})
     return planned
+
+
+def states_of(graph, home):
+    """{stage: "not run", "running", "done", "failed" or "stale"} as the page and the last table say it."""
+    planned = plan(graph, home.records, home)
+    return {name: "stale" if each.status == "stale" else home.records.get(name, {}).get("state", "not run")
+            for name, each in planned.items()}  # fmt: skip

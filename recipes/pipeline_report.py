@@ -1,4 +1,4 @@
-"""The page of a pipeline: a row for each stage, accuracy over stages, lengths, experts, samples one can read.
+"""The page of a pipeline: a row for each stage, accuracy over stages, student and teacher, curves, experts, samples.
 
 Read from the stages' folders (eval.json, metrics.jsonl, manifest.json, completions), so that it is right for a stage
 of an earlier call as well, and for one that a launcher ran.
@@ -6,19 +6,23 @@ of an earlier call as well, and for one that a launcher ran.
 
 import html
 import json
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 from matplotlib import pyplot as plt
 
 from recipes.checkpoint_files import write_atomically
-from recipes.eval_report import NOTE_INTERVALS, figures_grid, grid, pick_examples
+from recipes.distill_plots import distill_rows, distill_section
+from recipes.eval_report import figures_grid, grid, pick_examples
 from recipes.eval_scores import macro_average
 from recipes.eval_tables import model_rows, settings_differences, task_names, with_interval
 from recipes.evaluation import COMPLETIONS, read_completions
 from recipes.expert_loads import balance_plot, favourite_rows, group_counts
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
+from recipes.pipeline_graph import states_of
 from recipes.report_page import COLORS, facts_table, figure_svg, page, plot
+from recipes.reward_plots import UNITS
 from recipes.rl_plots import reward_plot
 from recipes.sizing import format_duration
 
@@ -41,10 +45,19 @@ def _metrics(folder):
 def evaluations(folder):
     """{"before", "after"}: the tasks' results in a stage's eval.json, as far as they are there."""
     content = _read_json(Path(folder) / "eval.json")
-    if "overall" in content:  # recipes/eval.py
-        return {"after": content}
-    found = content.get("tasks", {})
-    return {end: found[end] for end in ("before", "after") if "tasks" in found.get(end, {})}
+    found = content.get("tasks") if isinstance(content, dict) else None
+    ends = {"after": content} if found and "overall" in content else found  # the first: recipes/eval.py
+    if not isinstance(ends, dict):  # a file of a command of one's own may hold anything
+        return {}
+    return {end: ends[end] for end in ("before", "after") if _is_result(ends.get(end))}
+
+
+def _is_result(value):
+    """Whether this is what an evaluation on tasks writes."""
+    if not isinstance(value, dict) or not isinstance(value.get("tasks"), dict):
+        return False
+    parts = [*value["tasks"].values(), value.get("overall")]
+    return len(parts) > 1 and all(isinstance(part, dict) and "pass@1" in part for part in parts)
 
 
 def read_scores(folder):
@@ -54,6 +67,31 @@ def read_scores(folder):
         return {}
     scores = {name: task["pass@1"] for name, task in result["tasks"].items()}
     return scores | ({"mean of tasks": result["overall"]["pass@1"]} if len(scores) > 1 else {})
+
+
+def outcome(folder):
+    """What a stage came to, in words: pass@1, else bits per byte, pairs told apart or samples kept; "" without one."""
+    folder = Path(folder)
+    scores = read_scores(folder)
+    if scores:
+        best = scores.get("mean of tasks") or next(iter(scores.values()))
+        return with_interval(best)
+    content, manifest = _read_json(folder / "eval.json"), _read_json(folder / "manifest.json")
+    if not (isinstance(content, dict) and isinstance(manifest, dict)):
+        return ""
+    if bits := content.get("weights", {}).get("bits_per_byte"):
+        return f"{bits:.2f} bits per byte"
+    if pairs := content.get("preferences", {}).get("accuracy"):
+        return f"pairs told apart: {with_interval(pairs)}"
+    if (accepted := manifest.get("acceptance")) is not None:
+        return f"{accepted:.0%} of samples kept"
+    return ""
+
+
+def size_of(record):
+    """The bytes of a stage's outputs, checkpoints not counted."""
+    outputs = record.get("outputs")
+    return f"{sum(outputs.values()) / 1e6:,.1f} MB" if outputs else "-"
 
 
 def amount(folder):
@@ -83,7 +121,13 @@ def stage_results(graph, home, branch=None):
         starts = [r.stage for flag, r in graph.stages[name].references(graph.names) if flag == "model_name_or_path"]
         for start in starts if "before" in ends else ():
             found.setdefault(start, ends["before"])
-    return [found[name] | {"name": name} for name in names if name in found]
+    return [found[name] | {"name": _label(graph.stages[name])} for name in names if name in found]
+
+
+def _label(stage):
+    """A stage's name in figures; an evaluation says of what."""
+    model = stage.inputs.get("model_name_or_path")
+    return f"{stage.name} of {model}" if stage.kind == "eval" and model else stage.name
 
 
 # ---------------------------------------------------------------- parts of the page
@@ -94,21 +138,22 @@ def _text(value):
 
 
 def overview(graph, home):
-    """(header, rows): a row a stage."""
-    rows = []
+    """(header, rows): a row a stage, what one looks for first; the flags of inputs stand in the commands."""
+    rows, states = [], states_of(graph, home)
     for name, stage in graph.stages.items():
         record = home.records.get(name, {})
-        reads = [f"{flag}: {reference.prefix}{'/'.join(filter(None, (reference.stage, reference.rest)))}"
-                 for flag, reference in stage.references(graph.names)]
-        scores = record.get("scores", {})
-        best = scores.get("mean of tasks") or next(iter(scores.values()), None)
+        reads = ["/".join(filter(None, (reference.stage, reference.rest)))
+                 for _, reference in stage.references(graph.names)
+                 if reference.stage or "/" in reference.rest or reference.rest.startswith("hub:")]
+        branches = f" [{', '.join(stage.branches)}]" if stage.branches else ""
         rows.append([
-            name, stage.module or stage.kind, ", ".join(stage.branches) or "all", ", ".join(reads) or "-",
-            stage.config.name if stage.config else "-", record.get("state", "not run"),
-            format_duration(record["seconds"]) if "seconds" in record else "-", amount(home.path / name) or "-",
-            with_interval(best) if best else "-",
+            f"{name}{branches}", states[name], format_duration(record["seconds"]) if "seconds" in record else "-",
+            outcome(home.path / name) or "-", amount(home.path / name) or "-", ", ".join(dict.fromkeys(reads)) or "-",
+            stage.config.name if stage.config else stage.module or stage.kind, size_of(record),
         ])  # fmt: skip
-    return ["stage", "kind", "branch", "reads", "config", "state", "time", "tokens, rows", "pass@1 %, mean"], rows
+    branch = " [branch]" if graph.branch_names() else ""
+    header = [f"stage{branch}", "state", "time", "pass@1 %, or else", "trained on, made", "reads", "config", "output"]
+    return header, rows
 
 
 def _error_bars(figures):
@@ -133,10 +178,12 @@ def accuracy_plot(results):
         axes.errorbar([place + shift for place, _ in points], [100 * f["value"] for _, f in points],
                       yerr=_error_bars([f for _, f in points]), label=name, marker="o", markersize=3, capsize=2,
                       color="black" if is_mean else COLORS[index % len(COLORS)],
+                      linestyle=("-", "--", ":", "-.")[0 if is_mean else index // len(COLORS) % 4],
                       linewidth=2.4 if is_mean else 1.2, elinewidth=0.7)  # fmt: skip
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set_ylabel("pass@1, %")
-    axes.set_ylim(-3, 103)
+    highest = max(100 * figure["high"] for points in lines.values() for _, figure in points)
+    axes.set_ylim(-0.03 * highest - 0.1, min(103, 1.1 * highest + 0.1))
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -151,12 +198,48 @@ def _accuracy_section(graph, home):
         if not results:
             continue
         title = "Accuracy over stages" + (f": branch {branch}" if branch else "")
-        caption = "Strict pass@1 on held-out problems with 95 % intervals. A model that no stage evaluated has the "
+        caption = "Strict pass@1 on held-out problems with 95 % intervals, in the order in which stages run. "
+        caption += "A model that no stage evaluated has the "
         caption += "figures that the stage after it took before training."
         body += f"<h2>{_text(title)}</h2>" + figures_grid([(accuracy_plot(results), caption)])
-        notes = [NOTE_INTERVALS, *(f"Differs between stages: {line}." for line in settings_differences(results))]
+        notes = ["Brackets: 95 % intervals over problems."]
+        notes += [f"Differs between stages: {line}." for line in settings_differences(results)]
         body += f"<section>{grid(*model_rows(results))}<p class=note>{_text(' '.join(notes))}</p></section>"
     return body
+
+
+def _distillation_section(graph, home):
+    """Student beside teacher: accuracy and the share kept, sizes, speeds."""
+    body = ""
+    for name in graph.stages:
+        evaluation = _read_json(home.path / name / "eval.json")
+        if isinstance(evaluation, dict) and (rows := distill_rows(evaluation)):
+            facts = [row for row in rows if "share of" not in row[0]] if distill_section(evaluation) else rows
+            body += distill_section(evaluation) or f"<h2>Student and teacher: {_text(name)}</h2>"
+            body += f"<section>{facts_table(facts)}</section>"
+    return body
+
+
+def _series(records, name):
+    points = [(record["step"], record[name]) for record in records
+              if isinstance(record.get(name), (int, float)) and "step" in record]  # fmt: skip
+    return [list(column) for column in zip(*points)] if points else None
+
+
+def _losses_section(graph, home):
+    """The loss of each stage that is taught, in training and held out; that of RL says nothing by itself."""
+    made = []
+    for name, stage in graph.stages.items():
+        records = _metrics(home.path / name)
+        train, evals = ([r for r in records if r.get("kind") == kind] for kind in ("train", "eval"))
+        key = next((key for key in ("next-token loss", "loss") if _series(train, key)), None)
+        if key is None or any("reward" in record for record in train):
+            continue
+        found = (("training", _series(train, key)), ("held out", _series(evals, "eval loss")))
+        curves = [(label, *series) for label, series in found if series]
+        caption = f"{name}: {key} in training" + (" and on held-out data." if len(curves) > 1 else ".")
+        made.append((plot(curves, UNITS.get(stage.kind, "nats per token")), caption))
+    return f"<h2>Losses</h2>{figures_grid(made)}" if made else ""
 
 
 def _curves_section(graph, home):
@@ -168,11 +251,11 @@ def _curves_section(graph, home):
             caption = f"{name}: mean reward of the completions, in training and on held-out prompts."
             made.append((reward_plot(_metrics(home.path / name)), caption))
         for key, _ in OVER_TIME:
-            points = [(r["step"], r[key]) for r in train if isinstance(r.get(key), (int, float))]
-            series[key] += [(name, *zip(*points))] if points else []
+            series[key] += [(name, *points)] if (points := _series(train, key)) else []
     for key, label in OVER_TIME:
         if series[key]:
-            made.append((plot(series[key], label), f"{label.capitalize()}, mean of the rollouts, by stage."))
+            stages = ", ".join(name for name, *_ in series[key])
+            made.append((plot(series[key], label), f"{label.capitalize()}, mean of a rollout: {stages}."))
     return f"<h2>Reinforcement learning</h2>{figures_grid(made)}" if made else ""
 
 
@@ -180,10 +263,10 @@ def _expert_section(graph, home):
     """The spread of tokens over experts: in training by stage, and of held-out text by kind."""
     curves, made, tables = [], [], ""
     for name in graph.stages:
-        points = [(r["step"], r["load max/mean"]) for r in _metrics(home.path / name) if r.get("load max/mean")]
-        curves += [(name, *zip(*points))] if points else []
-        table = _read_json(home.path / name / "eval.json").get("expert_load")
-        if table:
+        points = _series(_metrics(home.path / name), "load max/mean")
+        curves += [(name, *points)] if points else []
+        evaluation = _read_json(home.path / name / "eval.json")
+        if isinstance(evaluation, dict) and (table := evaluation.get("expert_load")):
             kinds = group_counts(table, {})
             made.append((balance_plot(kinds), f"{name}: largest over mean load by layer, of held-out text."))
             tables += f"<section><p class=note>{_text(name)}: where text is sent most, in times the expert's even "
@@ -233,7 +316,8 @@ def _samples_section(graph, home):
         shown = samples_of(home.path / name)
         parts = "".join(f"<p class=note>{_text(note)}</p><pre><span class=prompt>{_text(_cut(prompt))}</span>\n"
                         f"{_text(_cut(completion))}</pre>" for note, prompt, completion in shown)  # fmt: skip
-        body += f"<details class=card><summary>{_text(name)}</summary>{parts}</details>" if parts else ""
+        opened = " open" if (home.path / name / "eval_after").is_dir() else ""  # a model that answers
+        body += f"<details class=card{opened}><summary>{_text(name)}</summary>{parts}</details>" if parts else ""
     return f"<h2>Samples</h2>{body}" if body else ""
 
 
@@ -255,11 +339,13 @@ def _commands(graph, home):
 def build_report(graph, home):
     """The page as text; `home`: the `PipelineFolder`."""
     seconds = sum(record.get("seconds", 0) for name, record in home.records.items() if name in graph.stages)
-    done = sum(home.records.get(name, {}).get("state") == "done" for name in graph.stages)
-    body = (f"<h1>{_text(graph.title)}</h1><p class=note>{done} of {len(graph.stages)} stages are done, "
-            f"{format_duration(seconds)} in all.</p><h2>Stages</h2><section>{grid(*overview(graph, home))}"
-            f"{_links(graph, home)}</section>")  # fmt: skip
-    for part in (_accuracy_section, _curves_section, _expert_section, _samples_section, _commands):
+    states = Counter(states_of(graph, home).values())
+    others = "".join(f", {count} {state}" for state, count in states.items() if state != "done")
+    body = (f"<h1>{_text(graph.title)}</h1><p class=note>{states['done']} of {len(graph.stages)} stages are "
+            f"done{others}; {format_duration(seconds)} in all.</p><h2>Stages</h2>"
+            f"<section>{grid(*overview(graph, home))}{_links(graph, home)}</section>")  # fmt: skip
+    for part in (_accuracy_section, _distillation_section, _losses_section, _curves_section, _expert_section,
+                 _samples_section, _commands):  # fmt: skip
         body += part(graph, home)
     return page(_text(graph.title), body)
 

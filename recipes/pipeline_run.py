@@ -5,6 +5,7 @@ import time
 import traceback
 
 from recipes.eval_tables import aligned, with_interval
+from recipes.pipeline_graph import states_of
 from recipes.pipeline_report import read_scores, write_report
 from recipes.pipeline_stages import alone, check_stage, run_stage
 from recipes.sizing import format_duration
@@ -67,12 +68,21 @@ def run_one(graph, home, name, planned, launcher):
     try:
         _inputs_there(graph, home, name)
         run_stage(stage, words, launcher, lambda process: home.record(name, process=process))
+        made = {"outputs": home.outputs(name), "scores": read_scores(home.path / name)}
     except Exception as error:  # whatever a stage raises is kept, so that others can go on and the page shows it
         home.record(name, state="failed", error=f"{type(error).__name__}: {error}",
                     seconds=before + time.perf_counter() - start)  # fmt: skip
         raise
-    home.record(name, state=DONE, seconds=before + time.perf_counter() - start, outputs=home.outputs(name),
-                scores=read_scores(home.path / name), process=None)  # fmt: skip
+    home.record(name, state=DONE, seconds=before + time.perf_counter() - start, process=None, **made)
+
+
+def draw(graph, home):
+    """Writes the page; returns what to say of it. A page that cannot be drawn ends no pipeline."""
+    try:
+        return str(write_report(graph, home))
+    except Exception as error:  # files of a command of one's own may hold anything
+        traceback.print_exc()
+        return f"no report ({type(error).__name__}: {error})"
 
 
 def run(graph, home, planned, chosen, launcher=None, keep_going=False):
@@ -91,7 +101,8 @@ def run(graph, home, planned, chosen, launcher=None, keep_going=False):
                 failed[name] = f"{type(error).__name__}: {error}"
                 said = f"stage {name} failed: {failed[name]}\nalone: {home.records.get(name, {}).get('command')}"
                 print(said, file=sys.stderr, flush=True)
-            print(f"{name}: {format_duration(home.records[name]['seconds'])}, {write_report(graph, home)}", flush=True)
+            seconds = home.records.get(name, {}).get("seconds", 0)
+            print(f"{name}: {format_duration(seconds)}, {draw(graph, home)}", flush=True)
             if failed and not keep_going:
                 break
     return failed
@@ -99,11 +110,11 @@ def run(graph, home, planned, chosen, launcher=None, keep_going=False):
 
 def summary(graph, home):
     """A line a stage: state, time, accuracy."""
-    rows = []
+    rows, states = [], states_of(graph, home)
     for name in graph.stages:
         record = home.records.get(name, {})
         scores = record.get("scores", {})
         best = scores.get("mean of tasks") or next(iter(scores.values()), None)
-        rows.append([name, record.get("state", "not run"), format_duration(record.get("seconds", 0)),
+        rows.append([name, states[name], format_duration(record["seconds"]) if "seconds" in record else "-",
                      with_interval(best) if best else "-"])
     return aligned(["stage", "state", "time", "pass@1 %"], rows)

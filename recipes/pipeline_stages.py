@@ -73,6 +73,13 @@ def errors_raised():
         argparse.ArgumentParser.exit = kept
 
 
+def _check_sayable(stage, values):
+    """ValueError for a value that has no words."""
+    for flag, value in values.items():
+        if value is None or value == []:
+            raise ValueError(f"stages.{stage.name}: {flag}={value} cannot be said on a command line; leave it out")
+
+
 def _words(value):
     """A value as the words that follow its flag."""
     if isinstance(value, dict):
@@ -85,8 +92,6 @@ def _words(value):
 def _recipe_words(stage, values, folder):
     words = ["--config", str(stage.config)] if stage.config else []
     for flag, value in values.items():
-        if value is None or value == []:
-            raise ValueError(f"stages.{stage.name}: {flag}={value} cannot be said on a command line; leave it out")
         words += [f"--{flag}", *_words(value)]
     words += ["--output_dir", str(folder)]
     return words if stage.kind == "eval" else [*words, "--resume_from_checkpoint", "auto"]
@@ -114,6 +119,7 @@ def words_of(graph, name, output_dir):
     """The arguments of a stage's program."""
     stage, folder = graph.stages[name], Path(output_dir, name)
     values = stage.values(graph.names, output_dir)
+    _check_sayable(stage, values)
     if stage.kind == "data":
         return _script_words(stage, values, folder)
     if stage.kind == "command":
@@ -135,6 +141,18 @@ def alone(stage, words, launcher=None):
     """The command that runs a stage alone, from the repository's root."""
     here = [word.replace(f"{ROOT}/", "").replace(sys.executable, "python") for word in program_of(stage, launcher)]
     return shlex.join([*here, *(word.replace(f"{ROOT}/", "") for word in words)])
+
+
+@contextlib.contextmanager
+def environment_kept():
+    """Inside, `env` of a config sets variables; afterwards they are as before, for the stages that follow."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 # ---------------------------------------------------------------- checks before anything runs
@@ -186,7 +204,7 @@ def check_stage(graph, name, output_dir):
         module, config_class = RECIPES[stage.kind]
         settings = getattr(_module(stage, f"recipes.{module}"), config_class)
         try:
-            with errors_raised():
+            with errors_raised(), environment_kept():
                 parse_config(settings, words)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from error
@@ -199,7 +217,7 @@ def check_stage(graph, name, output_dir):
 def _run_here(stage, words):
     module = data_module(stage) if stage.kind == "data" else _module(stage, f"recipes.{stage.kind}")
     try:
-        with errors_raised():
+        with errors_raised(), environment_kept():
             module.main(words)
     except SystemExit as end:
         if end.code:
@@ -213,10 +231,10 @@ def _run_here(stage, words):
 def _run_command(command, started):
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as process:
-        started(process_of(process.pid))
         try:
+            started(process_of(process.pid))
             code = process.wait()
-        except BaseException:  # Ctrl-C: the stage ends with its pipeline
+        except BaseException:  # Ctrl-C, or its number could not be kept: the stage ends with its pipeline
             process.terminate()
             raise
     if code:

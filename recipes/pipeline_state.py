@@ -100,7 +100,6 @@ class PipelineFolder:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             write_atomically(about, json.dumps(owner))
             yield self
-            about.unlink(missing_ok=True)
         finally:
             about.unlink(missing_ok=True)
             lock.release()

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # launched as a script: recipes/ is first on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
+import shlex
 
 from recipes import pipeline
 from recipes.pipeline_graph import CONFIGS
@@ -46,7 +47,7 @@ def main(argv=None):
     print(f"\n== done in {sum(seconds.values()) / 60:.1f} minutes ({spent})")
     for name in ("grpo", "distill"):
         if name in seconds:
-            print(f"chat     python recipes/chat.py --model_name_or_path {report.parent / name}")
+            print(f"chat     python recipes/chat.py --model_name_or_path {shlex.quote(str(report.parent / name))}")
     return {"seconds": seconds, "results": results_of(report, records), "report": report}
 
 
@@ -55,3 +56,5 @@ if __name__ == "__main__":
         main()
     except USERS as error:  # what a user can mend needs no traceback
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

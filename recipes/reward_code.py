@@ -111,8 +111,10 @@ def parse_tests(tests, entry_point=None, where="tests"):
             tests = json.loads(tests)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: the column tests holds no JSON ({error}): {tests!r:.80}") from error
-    inputs, checks = [], []
-    for place, test in enumerate([tests] if isinstance(tests, dict) else tests):
+    tests, inputs, checks = [tests] if isinstance(tests, dict) else tests, [], []
+    if not isinstance(tests, (list, tuple)):
+        raise ValueError(f"{where}: the column tests must hold a list of tests, got {tests!r:.80}")
+    for place, test in enumerate(tests):
         at = f"{where}, test {place}"
         fields = {"assert": test} if isinstance(test, str) else drop_none(test) if isinstance(test, dict) else {}
         function = fields.get("function", entry_point)
@@ -129,8 +131,12 @@ def parse_tests(tests, entry_point=None, where="tests"):
 
 def split_check(source, entry_point):
     """`CodeTests` of `def check(candidate)`: one for each assertion where its body has nothing else, or one in all."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"metadata: the tests of {entry_point} are no Python ({error}): {source!r:.80}") from error
     whole = (("assert", entry_point, f"{source}\ncheck({entry_point})\n"),)
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     if len(found) != 1 or not all(isinstance(node, ast.Assert) for node in found[0].body):
         return CodeTests(checks=whole)
     name = found[0].args.args[0].arg

@@ -129,7 +129,7 @@ def language_share(text, target):
 
 def language_reward(prompts, completions, target="en", **columns):
     """Language consistency: the share of target-language words in the reasoning (in all of it without `</think>`)."""
-    if target not in LANGUAGES:
+    if not isinstance(target, str) or target not in LANGUAGES:
         raise ValueError(f"reward_kwargs.language.target={target!r} must be one of {', '.join(LANGUAGES)}")
     reasonings = [completion_text(c).partition(CLOSE)[0].lstrip().removeprefix(OPEN) for c in completions]
     return [language_share(reasoning, target) for reasoning in reasonings]
@@ -175,7 +175,9 @@ def length_cosine_reward(
         exceeded: the reward at `max_length` and beyond.
     """
     pairs = {"right": right, "wrong": wrong}
-    if not max_length or max_length < 0 or any(len(pair) != 2 for pair in pairs.values()):
+    if not max_length or max_length < 0 or any(
+        not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs.values()
+    ):
         raise ValueError(
             f"the reward length_cosine needs max_length > 0 and two numbers each for right and wrong, got max_length="
             f"{max_length}, right={right}, wrong={wrong}; set them as reward_kwargs.length_cosine"
@@ -236,9 +238,9 @@ def _load_function(name):
 def _with_settings(name, function, settings):
     """The function with its settings given and its registry name, which is what is logged."""
     accepted = inspect.signature(function).parameters
+    known = [n for n, p in accepted.items() if p.default is not inspect.Parameter.empty]
     for key in settings:
-        if key not in accepted or accepted[key].kind is inspect.Parameter.VAR_KEYWORD:
-            known = [n for n, p in accepted.items() if p.default is not inspect.Parameter.empty]
+        if key not in known:  # the others are what the trainer passes
             raise ValueError(f"reward_kwargs.{name} holds {key!r}; {name} takes {', '.join(known) or 'no settings'}")
     if inspect.iscoroutinefunction(function):
 
@@ -254,6 +256,17 @@ def _with_settings(name, function, settings):
     return bound
 
 
+def _by_name(settings):
+    """{reward: {argument: value}}, copied. ValueError for another form."""
+    settings = dict(settings or {})
+    for name, given in settings.items():
+        if not isinstance(given, (dict, type(None))):
+            raise ValueError(
+                f"reward_kwargs.{name}={given!r} must be its settings, e.g. {{{name}: {{argument: value}}}}"
+            )
+    return {name: dict(given or {}) for name, given in settings.items()}
+
+
 def get_rewards(names, settings=None):
     """[reward function] for names of REWARDS or `path/to/file.py:function`.
 
@@ -262,7 +275,7 @@ def get_rewards(names, settings=None):
     Raises:
         ValueError: for an unknown name, listing the known ones, closest first; for unknown settings.
     """
-    settings, found = dict(settings or {}), []
+    settings, found = _by_name(settings), []
     for name in names:
         if is_function_path(name):
             function, label = _load_function(name), name.rpartition(":")[2]
@@ -287,7 +300,7 @@ def run_settings(names, settings, tokenizer, max_completion_length, template_kwa
     """`settings` with what a run knows: the token limit, and for `format` the form of its chat template."""
     known = {name: {"max_length": max_completion_length} for name in MEASURED_IN_TOKENS}
     known["format"] = {"template": template_form(tokenizer, template_kwargs)}
-    settings = dict(settings or {})
+    settings = _by_name(settings)
     for name in known.keys() & set(names):
-        settings[name] = known[name] | (settings.get(name) or {})
+        settings[name] = known[name] | settings.get(name, {})
     return settings

@@ -148,8 +148,9 @@ def build_prompts(args, tokenizer, model_config=None):
     if train is None or len(train) < needed:
         raise ValueError(
             f"{len(train) if train is not None else 0} prompts are fewer than the {needed} of one rollout "
-            "(per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes / "
-            "num_generations); lower one of these or bring more prompts"
+            f"(generation_batch_size={args.generation_batch_size} completions / num_generations="
+            f"{args.num_generations}); lower per_device_train_batch_size or the micro-batches of a rollout, raise "
+            "num_generations, or bring more prompts"
         )
     if held_out is not None and len(held_out) > args.max_eval_prompts:
         held_out = held_out.shuffle(seed=args.seed).select(range(args.max_eval_prompts))

@@ -123,12 +123,14 @@ def rl_rows(train, evaluation):
         for name in ("length", "reflection words", "zero variance"):
             if last.get(name) is not None:
                 rows.append((f"{name}, first and last fifth", _both_ends(records, _component(name))))
-        if last.get("sampler kl without replay") is not None:
-            told = (sum(record[f"sampler kl {end} replay"] for record in records) / len(records)
+        compared = [record for record in records if record.get("sampler kl without replay") is not None]
+        if compared:
+            told = (sum(record[f"sampler kl {end} replay"] for record in compared) / len(compared)
                     for end in ("with", "without"))  # fmt: skip
             rows.append(("KL of sampler and trainer, with and without replay", ", ".join(f"{x:.2e}" for x in told)))
-        if last.get("kl") is not None:
-            rows.append(("KL to the reference, at the end", f"{last['kl']:.4f} nats per token"))
+        distances = [record["kl"] for record in train if record.get("kl") is not None]
+        if distances:  # also of steps between two rollouts
+            rows.append(("KL to the reference, at the end", f"{distances[-1]:.4f} nats per token"))
         totals = numpy.array([times[1:] for times in rollout_times(train)]).sum(0)
         if totals.any():
             shares = (f"{name.split()[0]} {share:.0%}" for name, share in zip(TIMES, totals / totals.sum()))

@@ -104,9 +104,10 @@ def announce_run(trainer, facts, stage, more):
 
 
 def _held_out_rewards(trainer):
-    """{"reward": mean of the weighted sum, "rewards": {name: mean}} of the answers to the held-out prompts."""
+    """{"reward": mean of the weighted sum, "rewards": {name: mean}} of the answers to the held-out prompts; None where
+    no answer could be judged."""
     found = eval_record(trainer.state.global_step, trainer.evaluate(metric_key_prefix="final"))
-    return {"reward": found["eval reward"], "rewards": found["eval rewards"]}
+    return {"reward": found.get("eval reward"), "rewards": found["eval rewards"]}
 
 
 def finish_run(trainer, before, stage):

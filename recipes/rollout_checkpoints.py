@@ -25,12 +25,26 @@ class RolloutCheckpointMixin:
         state = {"step": self._step, "rollout": None, "expert_counts": self._expert_counts()}
         state["expert_load"] = dict(getattr(self._policy(), "expert_load", {}))  # logged until the biases move again
         if self._step % (self.args.steps_per_generation * self.num_iterations):
-            state["rollout"] = self._buffered_inputs
+            state["rollout"], state["split"] = self._buffered_inputs, self._split()
             logs = {name: list(self._logs[name]) for name in SHOWN}
             state["completions"] = logs | {"rewards": {n: list(v) for n, v in self._logs["rewards"].items()}}
         return state
 
+    def _split(self):
+        """What the rest of a rollout depends on."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+        return {name: getattr(self.args, name) for name in names}
+
     def load_rollout_state(self, state):
+        now = self._split()
+        changed = [name for name, value in (state.get("split") or now).items() if now[name] != value]
+        if changed:
+            was = ", ".join(f"{name}={state['split'][name]}" for name in changed)
+            raise ValueError(
+                f"the checkpoint lies within a rollout made with {was}, now "
+                f"{', '.join(str(now[name]) for name in changed)}: go on with the same, or from a checkpoint "
+                "between two rollouts"
+            )
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         for name, buffer in self._expert_counts().items():
             buffer.copy_(state["expert_counts"][name])

@@ -5,8 +5,10 @@ Put `RolloutMixin` before `trl.GRPOTrainer` in the list of bases.
 
 import contextlib
 import logging
+import random
 import time
 
+import numpy
 import torch
 from transformers import AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
@@ -47,6 +49,18 @@ def settings_of(args, **changes):
         yield
     finally:
         vars(args).update(kept)
+
+
+@contextlib.contextmanager
+def same_random_numbers(device):
+    """After it random numbers are drawn as if nothing in the block had drawn any; rewards may draw as well."""
+    states, cuda = (random.getstate(), numpy.random.get_state()), [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def balanced_callbacks(model, callbacks):
@@ -216,6 +230,11 @@ class RolloutMixin(RolloutCheckpointMixin):
             self._recorded = None
         return rollout
 
+    def evaluate(self, *args, **kwargs):
+        """As in Trainer; training goes on as it would have without."""
+        with same_random_numbers(self.accelerator.device):
+            return super().evaluate(*args, **kwargs)
+
     # -- clocks
 
     def rollout_clock(self):
@@ -272,31 +291,43 @@ class RolloutMixin(RolloutCheckpointMixin):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
         compute_aux_loss=False, **images,
     ):  # fmt: skip
-        """As GRPOTrainer's, for text, with the experts of the rollout; keeps in `self._values` the (B, T + 1) values
-        of the states before each token of the completion and after the last one, where the model has a value function.
+        """As GRPOTrainer's, for text, with the experts of the rollout.
+
+        Keeps in `self._values` the (B, T + 1) values of the states before each token of the completion and after the
+        last one, where the model has a value function.
+
+        Returns:
+            log-probabilities (B, T), entropies (B, T), balance loss of another model with experts; None what is not
+            asked for.
         """
         if any(value is not None for value in images.values()):
             raise ValueError(f"{self._name} reads text only: leave out the images of the prompts")
-        routes, found = self._routes_for(model, input_ids.size(1)), []
+        routes, found, balance = self._routes_for(model, input_ids.size(1)), [], []
         size = batch_size or len(input_ids)
         for start in range(0, len(input_ids), size):
             rows = slice(start, start + size)
             inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
             if routes is not None:
                 inputs["routes"] = routes[rows]
-            found.append(self._score(model, inputs, logits_to_keep, compute_entropy))
+            if compute_aux_loss:
+                inputs["output_router_logits"] = True
+            output = self._score(model, inputs, logits_to_keep, compute_entropy)
+            found.append(output[:3])
+            balance.append(output[3])
         log_probs, entropy, self._values = (None if part[0] is None else torch.cat(part) for part in zip(*found))
-        return log_probs, entropy, None
+        return log_probs, entropy, torch.stack(balance).mean() if compute_aux_loss else None
 
     def _score(self, model, inputs, kept, compute_entropy=False):
-        """(log-probabilities (B, T), their entropies or None, values (B, T + 1) or None) of the last `kept` tokens."""
+        """(log-probabilities (B, T), their entropies or None, values (B, T + 1) or None) of the last `kept` tokens, and
+        the balance loss of another model with experts where `inputs` ask for router logits, else None."""
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels[:, :-kept] = -100
         with self.accelerator.autocast():
             output = model(**inputs, labels=labels, fused_lm_head=True)
         values = output.get("value_preds")
         values = None if values is None else values[:, -kept - 1 :]
-        return output.log_probs[:, -kept:], output.entropy[:, -kept:] if compute_entropy else None, values
+        entropy = output.entropy[:, -kept:] if compute_entropy else None
+        return output.log_probs[:, -kept:], entropy, values, output.get("aux_loss")
 
     def _compare_routing(self, rollout, routes):
         """Logs what replay changes, on the first completions of the rollout."""
@@ -306,6 +337,8 @@ class RolloutMixin(RolloutCheckpointMixin):
             for name, part in (("input_ids", "ids"), ("attention_mask", "mask"))
         }
         mask = rollout["completion_mask"][rows]
+        unseen = inputs["attention_mask"] == 0  # padding, and completions that are left out of the loss
+        routes = routes[rows].masked_fill(unseen[:, :, None, None], -1)
         recorded, sampled = self._recorded.log_probs[rows, : mask.size(1)], torch.zeros_like(mask, dtype=torch.float32)
         sampled[:, : recorded.size(1)] = recorded
 
@@ -316,7 +349,7 @@ class RolloutMixin(RolloutCheckpointMixin):
         training = self.model.training
         self.model.eval()  # no dropout, no counts
         try:
-            sums = compare_routing(self._policy(), log_probs_of, routes[rows], sampled, mask)
+            sums = compare_routing(self._policy(), log_probs_of, routes, sampled, mask)
         finally:
             self.model.train(training)
         largest = self.accelerator.gather(sums[-1:]).max().item()

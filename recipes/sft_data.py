@@ -79,7 +79,9 @@ def _read_folder(root):
             f"dataset_name={root} holds no train.jsonl or train.parquet (found: {', '.join(files) or 'no data file'}); "
             "make a set with python -m data_scripts.prepare_sft, or name a file"
         )
-    wanted = {name: str(path) for name, path in files.items() if name == "train" or name in HELD_OUT}
+    # an empty test.jsonl: nothing was held out (--test 0)
+    wanted = {name: str(path) for name, path in files.items()
+              if name == "train" or (name in HELD_OUT and path.stat().st_size)}  # fmt: skip
     return _load_files(_ending(files["train"]), wanted)
 
 

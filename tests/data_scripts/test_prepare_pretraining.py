@@ -102,6 +102,23 @@ def test_planted_duplicates_and_near_duplicates(tmp_path):
     assert forbidden and not [text for text in decoded["train"] if grams(text) & forbidden]
 
 
+def test_documents_that_share_wordings_by_construction_are_kept(tmp_path):
+    """`keep_overlaps`: neither dropped nor a reason to drop; the other source is compared as before."""
+    rng, stem = random.Random(3), " ".join(WORDS[:14])
+    worked = write_lines(tmp_path / "worked.jsonl", [f"{stem} {sentences(rng, 6)}" for _ in range(200)])
+    mine = [sentences(rng) for _ in range(150)]
+    mine = write_lines(tmp_path / "mine.jsonl", mine + [text + " tail" for text in mine])
+    settings = {"sources": {"worked": worked, "mine": mine}, "mixture": {"worked": 30, "mine": 70}, "vocab_size": 400,
+                "validation_fraction": 0.1, "progress": False}  # fmt: skip
+    with pytest.raises(ValueError, match="source 'worked': all .* share an n-gram with a held-out one"):
+        prepare(tmp_path / "all", **settings)
+    manifest = prepare(tmp_path / "kept", keep_overlaps=["worked"], **settings)
+    assert manifest["removed"]["overlaps"]["worked"] == 0 < manifest["removed"]["overlaps"]["mine"]
+    assert manifest["splits"]["validation"]["sources"]["worked"]["documents"] > 0
+    with pytest.raises(ValueError, match="keep_overlaps names 'wroked', which has no share in mixture worked=30"):
+        prepare(tmp_path / "no", keep_overlaps=["wroked"], **settings)
+
+
 def test_overlap_needs_thirteen_words():
     index = NgramIndex()
     index.add(" ".join(WORDS[:40]))

@@ -1,11 +1,14 @@
 """Prompt sets: sides, weights, wording, columns that verify, conversations, bad input, sameness."""
 
 import json
+from itertools import islice
 
 import datasets
 import pytest
 
 from data_scripts.prepare_prompts import main, parse_weighted, prepare, quotas, summary
+from recipes.rewards import accuracy_reward
+from recipes.sft_data import read_splits
 from recipes.task_base import Problem
 from recipes.tasks import get_task
 
@@ -80,6 +83,8 @@ def test_what_a_level_lacks_the_others_give(tmp_path):
     assert sum(kinds.values()) == 200 and kinds["products:1"] < 60
     assert manifest["left_out"]["train: fewer than their share"]["products:1"] == 100 - kinds["products:1"]
     assert rows_of(tmp_path / "x")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
+    train, held_out = read_splits(str(tmp_path / "x"))  # test.jsonl is empty
+    assert len(train) == 200 and held_out is None
     with pytest.raises(ValueError, match=r"train=500: the tasks have only \d+ distinct"):
         prepare(tmp_path / "y", tasks=["products:1"], train=500, test=0)
 
@@ -116,3 +121,31 @@ def test_questions_of_conversations(tmp_path):
     with pytest.raises(ValueError, match=r"chats\.jsonl line 63: no user turn.*--errors skip"):
         prepare(tmp_path / "out", from_messages=path)
     assert prepare(tmp_path / "out", from_messages=path, errors="skip")["left_out"]["skipped"] == 1
+
+
+def test_tasks_and_conversations_together(tmp_path):
+    """Each question once, a task's held-out problem never trained on, and only the task's rows are judged."""
+    task = get_task("gcd")
+    known = {split: next(task.stream(split, 0, 1)) for split in ("train", "test")}
+    *_, unseen = islice(task.stream("test", 0, 1), 20)  # a problem of the test side that is not drawn below
+    told = [{"messages": [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": "1"}]}
+            for problem in known.values()]  # fmt: skip
+    reworded = {"messages": [{"role": "user", "content": "Largest common divisor, in other words?"},
+                             {"role": "assistant", "content": "1"}],
+                "task": "gcd", "key": unseen.metadata["key"]}  # fmt: skip
+    chats = [{"messages": [{"role": "user", "content": f"Who is number {n}?"}, {"role": "assistant", "content": "I."}]}
+             for n in range(40)]  # fmt: skip
+    path = write_lines(tmp_path / "chats.jsonl", [*chats, *told, reworded])
+    manifest = prepare(tmp_path / "out", from_messages=path, tasks=["gcd:1"], train=20, test=5, test_share=0.2)
+    train, test = (rows_of(tmp_path / "out", split) for split in ("train", "test"))
+    asked = [row["question"] for row in train + test]
+    assert len(asked) == len(set(asked)) and reworded["messages"][0]["content"] not in [r["question"] for r in train]
+    kinds = [manifest["splits"][split]["kinds"] for split in ("train", "test")]
+    assert kinds[0]["gcd:1"] == 20 and kinds[1]["gcd:1"] == 5 and sum(kind["messages"] for kind in kinds) == 41
+    assert manifest["left_out"]["asked by a task"] == 2
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "out" / "train.jsonl"), split="train",
+                                   cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    columns = {name: loaded[name][:] for name in loaded.column_names if name != "prompt"}
+    said = [f"<think>\n</think>\n\n{reference or 1}" for reference in columns["reference"]]
+    found = accuracy_reward(loaded["prompt"][:], said, **columns)
+    assert found == [None if task is None else 1.0 for task in columns["task"]] and {None, 1.0} == set(found)

@@ -19,6 +19,7 @@ from data_scripts.train_tokenizer import train_tokenizer
 from recipes import distill
 from recipes.checkpoint_files import find_problem, list_checkpoints
 from recipes.distill_config import DistillRecipeConfig
+from recipes.distill_results import read_teacher_eval
 from recipes.distill_students import student_of_layers
 from recipes.logging_callbacks import read_metrics
 from recipes.pretrain_config import parse_config
@@ -107,6 +108,11 @@ def test_a_run_leaves_what_it_promises(base, tmp_path):
     (tmp_path / "teacher.json").write_text(json.dumps(found["teacher"]["tasks"]))
     twin = distill.main(arguments(base, "sft", tmp_path / "two", *LOGITS, *DENSE, *TASKS, "--max_steps", "3", *again))
     assert not (tmp_path / "two" / "eval_teacher").exists() and _same_apart_from_speed(twin, results)
+    args = parse_config(DistillRecipeConfig, arguments(base, "sft", folder, *LOGITS, *DENSE, *TASKS, "--teacher_eval",
+                                                       str(folder)))  # fmt: skip
+    assert read_teacher_eval(args) == found["teacher"]["tasks"]  # and not the student's of that run
+    args.teacher_model_name_or_path = str(folder)
+    assert read_teacher_eval(args) == results["tasks"]["after"]
     with pytest.raises(ValueError, match="teacher.json was made with other settings: problems .there 4, here 5"):
         distill.main(arguments(base, "sft", tmp_path / "3", *LOGITS, *DENSE, *TASKS, *again, "--eval_problems", "5"))
 
@@ -259,3 +265,11 @@ def test_shipped_configs_are_read(size, tmp_path):
     args = parse_config(DistillRecipeConfig, ["--config", str(CONFIGS / f"distill_{size}.yaml"), "--output_dir",
                                               str(tmp_path), "--use_cpu", "true", "--bf16", "false"])  # fmt: skip
     assert args.method in ("traces", "logits", "on_policy") and args.teacher_model_name_or_path
+
+
+@pytest.mark.parametrize("method, temperature", [("traces", None), ("logits", 2.0), ("on_policy", 1.0)])
+def test_the_tiny_config_serves_every_method(method, temperature, tmp_path):
+    """Its head says how to run on_policy: another method is one option, not a setting to be found and unset."""
+    args = parse_config(DistillRecipeConfig, ["--config", str(CONFIGS / "distill_tiny.yaml"), "--method", method,
+                                              "--output_dir", str(tmp_path), "--use_cpu", "true"])  # fmt: skip
+    assert args.temperature == temperature

@@ -204,7 +204,7 @@ def on_policy_trainer(folder, student, teacher, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.2, 1.0])
 def test_on_policy_gradients_are_those_of_the_divergence(beta, tmp_path):
     student, teacher = llama(), moe()
     trainer = on_policy_trainer(tmp_path, student, teacher, beta=beta)
@@ -218,12 +218,12 @@ def test_on_policy_gradients_are_those_of_the_divergence(beta, tmp_path):
         parts = [inputs[f"{kind}_ids"][row][inputs[f"{kind}_mask"][row].bool()] for kind in kinds]
         ids, start = torch.cat(parts).unsqueeze(0), len(parts[0]) - 1
         q, p = (each(input_ids=ids, use_cache=False).logits[0, start:-1].softmax(-1) for each in (student, teacher))
-        middle = beta * q + (1 - beta) * p
+        middle = beta * p + (1 - beta) * q
         kl = lambda one, other: (one * (one.log() - other.log())).sum()
         if beta in (0.0, 1.0):  # the limits, as TRL defines them
             total = total + (kl(p, q) if beta == 0.0 else kl(q, p))
         else:
-            total = total + beta * kl(q, middle) + (1 - beta) * kl(p, middle)
+            total = total + beta * kl(p, middle) + (1 - beta) * kl(q, middle)
     (total / inputs["completion_mask"].sum()).backward()
     assert_same(found, gradients(student))
 

@@ -193,6 +193,7 @@ def test_the_nearest_group_sizes_divide():
         (("--curriculum_reward", "vowel"), "curriculum_reward='vowel' is none of the rewards vowels, accuracy, format"),
         (("--curriculum", "passrate"), "curriculum='?passrate'? must be one of none, pass_rate"),
         (("--router_replay", "true", "--use_vllm", "true"), "router_replay=true with use_vllm=true"),
+        (("--reward_weights", "0"), "reward_weights=.0.0. must be other than 0, one at least"),
         (("--temperature", "0"), "temperature=0.0 must be positive"),
         (("--reward_from_step", "{vowels: 3}"), "reward_from_step='{vowels: 3}' is not JSON"),
         (("--reward_from_step", '{"vowels": -3}'), "reward_from_step.vowels=-3 must be a step"),

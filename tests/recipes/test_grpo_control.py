@@ -122,6 +122,12 @@ def test_a_checkpoint_without_its_parts(killed, tmp_path, name, message):
         resumable(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
+def test_the_rest_of_a_rollout_is_not_split_anew(killed, tmp_path):
+    with pytest.raises(ValueError, match="a rollout made with gradient_accumulation_steps=2, .*, now 1, 2: go on"):
+        trainer = resumable(tmp_path, gradient_accumulation_steps=1, steps_per_generation=2)
+        trainer.train(resume_from_checkpoint=str(killed / "checkpoint-5"))
+
+
 # ---------------------------------------------------------------- dynamic sampling
 
 
@@ -260,6 +266,40 @@ def test_the_sample_before_the_first_step_leaves_no_trace(tmp_path):
         runs.append((curve(trainer), weights(trainer.model)))
     assert runs[0][0] == runs[1][0]
     assert all(tensor.equal(runs[1][1][name]) for name, tensor in runs[0][1].items())
+
+
+def test_evaluations_leave_no_trace(tmp_path):
+    """In the middle of a rollout and before it is sampled: rewards, curriculum, replay and weights are the same."""
+    runs = []
+    for more in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = build(tmp_path, accuracy, num_iterations=2, max_steps=4, arguments={"eval_dataset": words(8, seed=5)},
+                        curriculum="pass_rate", **more)  # fmt: skip
+        trainer.train()
+        runs.append((logged(trainer, "reward"), weights(trainer.model), trainer.curriculum.state_dict()))
+        assert len(logged(trainer, "eval_reward")) == (4 if more else 0)
+    assert runs[0][0] == runs[1][0] and same_state(runs[0][1], runs[1][1]) and same_state(runs[0][2], runs[1][2])
+
+
+def test_the_sample_is_of_what_counts_at_the_first_step(tmp_path):
+    """Neither prompts that are held back, nor rewards that weigh nothing yet."""
+    rows = words(24).add_column("task", [None if place % 3 else "sums" for place in range(24)])
+    late = lambda completions, **_: [float(place) for place, _ in enumerate(completions)]
+    late.__name__ = "late"
+    changes = {"prompts_from_step": 3, "reward_from_step": {"late": 2}}
+    trainer = build(tmp_path, [mean_number, late], train_dataset=rows, **changes)
+    found = trainer.sample_groups(16, 4)
+    assert set(found["prompts"]) == set(rows["prompt"][::3]) and found["weights"] == [1, 0]
+    with pytest.raises(ValueError, match="prompts_from_step=3 holds back all prompts"):
+        nothing = words(24).add_column("task", [None] * 24)
+        build(tmp_path, mean_number, train_dataset=nothing, prompts_from_step=3)
+
+
+def test_a_curriculum_needs_a_pass_rate(tmp_path):
+    percent = lambda completions, **_: [100 * value_of(completion) for completion in completions]
+    percent.__name__ = "percent"
+    trainer = build(tmp_path, percent, curriculum="pass_rate", curriculum_reward="percent")
+    with pytest.raises(ValueError, match="curriculum_reward='percent' gave a group .*, which is no pass rate"):
+        rollout_of(trainer)
 
 
 # ---------------------------------------------------------------- two ranks

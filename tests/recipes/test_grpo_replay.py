@@ -1,9 +1,19 @@
 """Router replay in the trainers: on rollouts whose routing biases are moved between sampling and training."""
 
+import types
+
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
+from trl import GRPOTrainer
 
 from recipes.grpo_arguments import R1GRPOConfig
 from recipes.router_replay import bytes_per_token, padded_routes, replay_obstacle
@@ -102,6 +112,15 @@ def test_what_replay_changes_is_measured(tmp_path, replay):
             assert kept.sort(-1).values.equal(routes[row][0, :-1].sort(-1).values)
 
 
+def test_completions_out_of_the_loss_are_not_compared(tmp_path):
+    """Of a completion that was cut off and is masked, the trainer sees no token: its routing is no routing at all."""
+    changes = {"mask_truncated_completions": True, "route_probe_rows": 16, "max_completion_length": 4}
+    trainer = build(tmp_path, mean_number, **changes)
+    rollout, log = rollout_of(trainer, 16), trainer._metrics["train"]
+    assert log["completions/clipped_ratio"][0] > 0.3 and not rollout["completion_mask"].any(1).all()
+    assert log["routing/experts_differ"] == [0] and log["routing/largest_difference"][0] < 1e-5
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_ppo_replays_too(tmp_path, replay):
     """The biases move after sampling and between the steps of a rollout; with next to no learning rate every ratio is
@@ -160,6 +179,26 @@ def test_a_dense_policy_trains_without(tmp_path):
     assert all(not after[name].equal(tensor) for name, tensor in before.items())
     assert all(after[name].equal(tensor) for name, tensor in reference.items())
     assert not [name for row in trainer.state.log_history for name in row if name.startswith("routing")]
+
+
+def test_another_model_with_experts_keeps_its_balance_loss(tmp_path):
+    """Mixtral's configuration declares one, and TRL adds it: the same step as on TRL's own passes."""
+    grads = []
+    for own in (False, True):
+        set_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, router_aux_loss_coef=0.1,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ))  # fmt: skip
+        trainer = build(tmp_path, mean_number, model=model, max_steps=1, max_grad_norm=1.0)
+        if own:
+            log_probs = types.MethodType(GRPOTrainer._get_per_token_logps_and_entropies, trainer)
+            trainer._get_per_token_logps_and_entropies = log_probs
+        trainer.train()
+        (log,) = [row for row in trainer.state.log_history if "aux_loss" in row]
+        grads.append([log["grad_norm"], log["aux_loss"]])
+    assert grads[0] == pytest.approx(grads[1], rel=1e-5) and min(grads[0]) > 0
 
 
 def test_what_cannot_be_replayed(tmp_path):

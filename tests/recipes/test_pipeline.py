@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 import yaml
 
 from recipes import pipeline
-from recipes.pipeline_graph import parse_overrides, plan, read_graph
+from recipes.pipeline_graph import parse_overrides, plan, read_graph, settings_of
+from recipes.pipeline_report import evaluations, outcome, read_scores
 from recipes.pipeline_stages import KINDS
 from recipes.pipeline_state import PipelineFolder, process_of
 
@@ -110,6 +112,7 @@ def change(stage, key, value):
     (change("a", "input", {}), "unknown key 'input' in stages.a: did you mean inputs"),
     (change("a", "config", "none.yaml"), "stages.a.config=none.yaml: no such file"),
     (change("a", "arguments", {"output_dir": "x"}), "output_dir is set by the pipeline"),
+    (change("a", "arguments", {"dry_run": True}), "dry_run is set by the pipeline"),
     (change("b", "arguments", {"reads": "x"}), "reads stands in inputs and in arguments"),
     (change("d", "branches", ["zero"]), "stages.d .branches .'zero'.. reads b"),
     (change("d", "branches", []), "reads b, which only branches"),
@@ -132,7 +135,8 @@ def test_overrides_name_their_stage():
         "a": {"steps": 3, "packing": False, "sizes.wide": 0.01}, "b": {"tasks": ["x:1", "y"], "list": [1]}
     }  # fmt: skip
     for bad, message in ((["--steps", "3"], "begin it with a stage, e.g. --a.steps"), (["--c.x", "1"], "stages are a"),
-                         (["lost"], "a value without a key")):  # fmt: skip
+                         (["lost"], "a value without a key"), (["--a.list", "[x]"], "--a.list .x. is not valid"),
+                         ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parse_overrides(bad, ["a"])
 
@@ -146,11 +150,28 @@ def test_an_override_of_an_input_moves_the_edge(bench):
     (["--only", "e"], "--only e: no such stage"), (["--until", "e"], "--until e: no such stage"),
     (["--branch", "ful"], "branches are full, zero"), (["--only", "b"], "reads a, which is not done"),
     (["--only", "a", "--force", "b"], "--force b: not among"),
+    (["--until", "d", "--branch", "zero"], "--until d is of branch full"),
 ])  # fmt: skip
 def test_a_wrong_choice_is_refused(bench, options, message):
     with pytest.raises(ValueError, match=message):
         bench(*options)
     assert not bench.starts()
+
+
+def test_a_key_inside_of_json_text_is_a_setting_of_its_own(bench):
+    bench.stages["a"]["arguments"]["sizes"] = '{"wide": 1}'
+    settings = settings_of(bench.read("--a.sizes.wide", "2", "--b.sizes.wide", "3"), "a")
+    assert settings["sizes"] == '{"wide": 1}' and settings["sizes.wide"] == 2
+
+
+def test_paths_with_an_equals_sign_or_a_tilde(bench, monkeypatch):
+    monkeypatch.setenv("HOME", str(bench.folder))
+    (folder := bench.folder / "x=1" / "y").mkdir(parents=True)
+    bench.stages["c"]["inputs"] = {"dataset_name": str(folder), "corpus": "own=~/x=1"}
+    graph = bench.read()
+    assert not graph.absent
+    assert graph.stages["c"].values(graph.names, "r")["dataset_name"] == str(folder)
+    assert graph.stages["c"].values(graph.names, "r")["corpus"] == f"own={bench.folder / 'x=1'}"
 
 
 # ---------------------------------------------------------------- what is run again
@@ -185,6 +206,9 @@ def test_force_makes_a_stage_again_and_what_reads_it_stale(bench):
     bench()
     bench("--only", "b", "--force", "b")
     assert (bench.home / "b.stale-1").is_dir() and not (bench.home / "d.stale-1").exists()
+    page = (bench.home / "report.html").read_text()
+    assert re.search(r"<tr><td>d <span[^>]*>\[full\]</span></td><td>stale</td>", page)
+    assert "<td>a</td><td>done</td>" in page and "3 of 4 stages are done, 1 stale" in page
     with pytest.raises(ValueError, match="stale: d "):
         bench()
     bench("--force", "b", "--rerun_stale")
@@ -245,6 +269,20 @@ def test_a_stage_that_made_less_than_is_read_is_named(bench):
     bench.stages["d"]["inputs"] = {"first": "b/nothing"}
     with pytest.raises(ValueError, match="reads .*run/b/nothing, which b has not made"):
         bench()
+
+
+@pytest.mark.parametrize("content", ['{"overall": 0.7}', '{"tasks": {"sums": 0.5}}', "[]", '{"tasks": [1]}'])
+def test_an_eval_json_of_another_form_is_no_score(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content)
+    assert evaluations(tmp_path) == read_scores(tmp_path) == {} and outcome(tmp_path) == ""
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_pipeline(bench, capsys):
+    bench.stages["a"]["command"] = ["sh", "-c", f"mkdir -p {bench.home}/a; echo a > {bench.home}/a/out;"
+                                    f"echo nonsense > {bench.home}/a/metrics.jsonl; echo nonsense"
+                                    f" > {bench.home}/a/train.jsonl"]  # fmt: skip
+    assert all(record["state"] == "done" for record in bench()["stages"].values())
+    assert "no report (" in capsys.readouterr().out
 
 
 def test_a_killed_command_goes_on_in_its_folder(bench):

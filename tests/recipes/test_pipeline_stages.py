@@ -1,6 +1,7 @@
 """The pipeline with recipes and data scripts: settings are checked, two real stages run, the page tells of them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -118,12 +119,22 @@ def data_stage(**entry):
     ({"module": "prepare_sft", "arguments": {"size": "huge"}}, "invalid choice: 'huge'"),
     ({"module": "rejection_sampling", "arguments": {"tasks": ["gcd"]}}, "required: --model_name_or_path"),
     ({"module": "prepare_prompts", "arguments": {"train": "many"}}, "invalid int value: 'many'"),
+    ({"module": "prepare_prompts", "arguments": {"system": None}}, "system=None cannot be said on a command line"),
 ])  # fmt: skip
 def test_data_stages_are_checked_by_their_scripts_own_parser(tmp_path, entry, message):
     graph = write(tmp_path / "graph.yaml", data_stage(**entry))
     with pytest.raises(ValueError, match=message):
         pipeline.main(["--config", graph, "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_variables_of_a_stage_do_not_reach_the_others(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONE_STAGES_KEPT", "before")
+    config = {"env": {"ONE_STAGES_OWN": "1", "ONE_STAGES_KEPT": "2"}, "dataset_name": str(base / "pretrain")}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config | {"model_name_or_path": str(base / "model")}))
+    graph = read_graph(write(tmp_path / "g.yaml", {"a": {"kind": "pretrain", "config": "own.yaml"}}), (), KINDS)
+    check_stage(graph, "a", tmp_path)
+    assert "ONE_STAGES_OWN" not in os.environ and os.environ["ONE_STAGES_KEPT"] == "before"
 
 
 def test_lists_and_switches_follow_the_scripts_parser(tmp_path):

@@ -137,6 +137,21 @@ def test_a_reward_called_reward_is_not_the_weighted_sum():
     assert rows["rewards on held-out prompts"] == "sum 1.000, reward 3.000, format 1.000"
 
 
+def test_a_report_of_what_is_known():
+    """No held-out answer could be judged, routing was compared for a while only, KL is logged between rollouts too."""
+    trainer = SimpleNamespace(evaluate=lambda **_: {"eval_reward": None, "eval_rewards/accuracy/mean": None},
+                              state=SimpleNamespace(global_step=4))  # fmt: skip
+    held_out = _held_out_rewards(trainer)
+    assert held_out == {"reward": None, "rewards": {"accuracy": None}}
+    records = [{"step": 1, "reward": 0.5, "kl": 0.0}, {"step": 2, "kl": 0.25},
+               {"step": 3, "reward": 0.5, "kl": 0.0, "sampler kl with replay": 1e-3, "sampler kl without replay": 2e-3},
+               {"step": 4, "kl": 0.75}]  # fmt: skip
+    rows = dict(rl_rows(records, {"held_out_rewards": held_out}))
+    assert rows["rewards on held-out prompts"] == "sum none, accuracy none"
+    assert rows["KL of sampler and trainer, with and without replay"] == "1.00e-03, 2.00e-03"
+    assert rows["KL to the reference, at the end"] == "0.7500 nats per token"
+
+
 class Stop(TrainerCallback):
     """Ends a run after its third step: in the middle of a rollout."""
 

@@ -103,6 +103,10 @@ def test_what_tests_are_made_of():
             parse_tests(wrong, None, "completion 7")
     with pytest.raises(ValueError, match="holds no JSON"):
         parse_tests("assert True")
+    with pytest.raises(ValueError, match="must hold a list of tests, got 7"):
+        parse_tests("7")
+    with pytest.raises(ValueError, match="the tests of f are no Python .*: 'def check.c:'"):
+        split_check("def check(c:", "f")
     with pytest.raises(ValueError, match="reward_kwargs.code.seconds=0 must be above 0"):
         reward("x", settings={"seconds": 0})
 

@@ -236,6 +236,15 @@ def test_names():
         get_rewards(["language"], {"language": {"lang": "en"}})
     with pytest.raises(ValueError, match="reward_kwargs holds length, which is not among the rewards format"):
         get_rewards(["format"], {"length": {"buffer": 3}})
+    with pytest.raises(ValueError, match="reward_kwargs.length holds 'prompts'; length takes max_length, buffer"):
+        get_rewards(["length"], {"length": {"prompts": 3}})  # the trainer's to give
+    for function in (lambda names, given: run_settings(names, given, word_tokenizer(), 8), get_rewards):
+        with pytest.raises(ValueError, match="reward_kwargs.length=3 must be its settings, e.g. {length: {"):
+            function(["length"], {"length": 3})
+    with pytest.raises(ValueError, match="two numbers each for right and wrong, got max_length=8, right=1.0"):
+        reward("length_cosine", "a", settings={"max_length": 8, "right": 1.0})
+    with pytest.raises(ValueError, match="language.target=.'en'. must be one of"):
+        reward("language", "a", settings={"target": ["en"]})
 
 
 def test_functions_of_a_users_own(tmp_path):

@@ -91,6 +91,15 @@ def test_ppo_samples_as_much_and_shares_the_rest(configs):
     with pytest.raises(ValueError, match="GRPO samples 128 completions, PPO 384 a rollout"):
         run_nano_rl.setting_arguments("ppo", "nano", NOTHING | {"grpo": ["--max_steps", "1"],
                                                                 "ppo": ["--num_mini_batches", "12"]})  # fmt: skip
+    for spelling in (["--grpo.max_steps=8"], ["--grpo.max_steps", "8"]):  # the recipes read both: so must the counting
+        again = run_nano_rl.setting_arguments("ppo", "nano", run_nano_rl.split_overrides(spelling, "nano"))[2]
+        assert again == shorter
+    longer = run_nano_rl.setting_arguments("ppo", "nano", NOTHING | {"grpo": ["--reward_kwargs.length.buffer", "9"]})[2]
+    assert json.loads(longer[longer.index("--reward_kwargs") + 1]) == {"length": {"buffer": 9}}
+    assert CONFIG["reward_kwargs"] == {"length": {"buffer": 8}}
+    one = NOTHING | {"grpo": ["--rewards", "accuracy", "--reward_weights", "1.0"]}
+    dapo = run_nano_rl.with_overrides({}, run_nano_rl.setting_arguments("dapo", "nano", one)[2])
+    assert dapo["rewards"] == ["accuracy", "length"] and dapo["reward_weights"] == [1.0, 1.0]  # overridden, and DAPO's
     several = CONFIG | {"num_iterations": 2}
     assert run_nano_rl.equal_steps(several, PPO | {"num_ppo_epochs": 2}) == 96
 
