@@ -139,7 +139,7 @@ def program_of(stage, launcher=None):
 
 def alone(stage, words, launcher=None):
     """The command that runs a stage alone, from the repository's root."""
-    here = [word.replace(f"{ROOT}/", "").replace(sys.executable, "python") for word in program_of(stage, launcher)]
+    here = [word.replace(sys.executable, "python").replace(f"{ROOT}/", "") for word in program_of(stage, launcher)]
     return shlex.join([*here, *(word.replace(f"{ROOT}/", "") for word in words)])
 
 

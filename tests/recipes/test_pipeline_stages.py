@@ -149,7 +149,7 @@ def test_lists_and_switches_follow_the_scripts_parser(tmp_path):
         "--only_given", "--source", "own=r/prompts/a", "--source", "traces=built-in", "--output_dir", "r/mixed"
     ]  # fmt: skip
     command = alone(graph.stages["prompts"], ["--size", "tiny"])
-    assert command.endswith(" -m data_scripts.prepare_prompts --size tiny")
+    assert command == "python -m data_scripts.prepare_prompts --size tiny"
 
 
 def test_a_data_stage_runs_and_its_error_is_kept(tmp_path):
