@@ -318,6 +318,14 @@ def split_overrides(arguments, size):
     return of_stage
 
 
+def print_pilots(path):
+    """Mean over the tasks, in per cent, of each single run, before (where it was evaluated) and after."""
+    for name, run in json.loads(path.read_text(encoding="utf-8")).items():
+        means = (f"{end} {100 * sum(task['value'] for task in tasks.values()) / len(tasks):.1f}"
+                 for end, tasks in run["tasks"].items())  # fmt: skip
+        print(name.ljust(24), ", ".join(means))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/nano_rl"))
@@ -330,7 +338,10 @@ def main(argv=None):
     parser.add_argument("--learning_rates", nargs="*", type=float, default=[], help="pilots: each setting at each rate")
     parser.add_argument("--parallel", type=int, default=8, help="runs at a time")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--pilots", type=Path, help="only print the mean accuracies of single runs in this file")
     args, overrides = parser.parse_known_args(argv)
+    if args.pilots:
+        return print_pilots(args.pilots)
     if args.parallel < 1:
         raise SystemExit(f"--parallel {args.parallel} must be at least 1")
     folder, of_stage = args.output_dir.resolve(), split_overrides(overrides, args.size)

@@ -7,7 +7,7 @@ from recipes.distill_features import FeatureProjections, ProjectionCallback, lay
 from recipes.distill_forward import add_distillation_forward, check_head, decoder_layers, teacher_states
 from recipes.distill_losses import combined_loss
 from recipes.distill_students import check_same_head
-from recipes.recipe_trainer import RecipeTrainerMixin
+from recipes.recipe_trainer import RecipeTrainerMixin, RolloutMeterMixin
 from recipes.rl_setup import EpochSampler, count_alone, never_empty, prepare_frozen
 from recipes.sft_trainer import RecipeSFTTrainer, causal_lm, examples_see_each_other
 
@@ -107,7 +107,7 @@ class RecipeLogitsTrainer(RecipeSFTTrainer):
         return super()._interval_metrics(loss) | found
 
 
-class RecipeDistillationTrainer(RecipeTrainerMixin, DistillationTrainer):
+class RecipeDistillationTrainer(RolloutMeterMixin, RecipeTrainerMixin, DistillationTrainer):
     """TRL's `DistillationTrainer` (on-policy distillation, arXiv:2306.13649) in a run folder.
 
     What it adds: checkpoints that survive a kill and resume exactly, tokens/s of prompts and completions, frozen
@@ -135,12 +135,7 @@ class RecipeDistillationTrainer(RecipeTrainerMixin, DistillationTrainer):
         count_alone(self.model)
         self.start_metering()
 
-    def count_tokens(self, batch):
-        return 0  # prompts as text: what becomes of them is counted below
-
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.model.training:
-            self.speed.add_tokens(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
         with self.accelerator.autocast():
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -1,12 +1,11 @@
 """`R1GRPOConfig`: the settings of `R1GRPOTrainer`."""
 
-import json
 from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
 
 from recipes.rollout_arguments import RolloutArguments
-from recipes.run_settings import has_bf16, setting
+from recipes.run_settings import from_json, has_bf16, setting
 
 # Fields of TRL's that do not work here: what takes their place.
 REPLACED = {
@@ -19,10 +18,7 @@ CURRICULA = ("none", "pass_rate")
 
 def by_name(name, given):
     """A mapping from YAML or, on the command line, JSON. Raises ValueError for anything else."""
-    try:
-        found = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={given!r} is not JSON: {error}") from error
+    found = from_json(name, given)
     if found is not None and not isinstance(found, dict):
         raise ValueError(f'{name}={given!r} must be a mapping, e.g. {{"reward_nano": 1300}}')
     return found

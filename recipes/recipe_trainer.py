@@ -185,3 +185,15 @@ class RecipeTrainerMixin(HubPushMixin, CheckpointMixin):
             yield batch, True
         for _ in range(int(most) - len(dataloader)):
             yield batch, False
+
+
+class RolloutMeterMixin:
+    """Put before `RecipeTrainerMixin` where a trainer samples its own completions: tokens/s of both."""
+
+    def count_tokens(self, batch):
+        return 0  # prompts as text: what becomes of them is counted below
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.model.training:
+            self.speed.add_tokens(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)

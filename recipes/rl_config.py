@@ -1,10 +1,9 @@
 """The settings that `recipes/ppo.py` and `recipes/grpo.py` share: prompts, rewards, logs."""
 
-import json
 import math
 from dataclasses import dataclass, field
 
-from recipes.run_settings import RunSettings, setting
+from recipes.run_settings import RunSettings, from_json, setting
 from recipes.stage_settings import (
     AdapterSettings,
     ModelSettings,
@@ -15,10 +14,7 @@ from recipes.stage_settings import (
 
 def _settings_by_name(given):
     """`reward_kwargs` as {name: {argument: value}}, from YAML or, on the command line, JSON."""
-    try:
-        settings = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise ValueError(f"reward_kwargs={given!r} is not JSON: {error}") from error
+    settings = from_json("reward_kwargs", given)
     if settings is not None and not (
         isinstance(settings, dict) and all(isinstance(value, dict) for value in settings.values())
     ):

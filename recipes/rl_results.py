@@ -5,7 +5,7 @@ import math
 from transformers import TrainerCallback
 
 from recipes.logging_callbacks import eval_record, write_run_config
-from recipes.recipe_trainer import RecipeTrainerMixin
+from recipes.recipe_trainer import RecipeTrainerMixin, RolloutMeterMixin
 from recipes.rewards import completion_text
 from recipes.rl_setup import causal_lm, optimizer_steps_of_rollout
 from recipes.run_results import conclude, save_average, text_table
@@ -15,7 +15,7 @@ from recipes.value_head import without_value_head
 SAMPLES = 4  # completions of a rollout that a record of samples shows
 
 
-class RecipeRLMixin(RecipeTrainerMixin):
+class RecipeRLMixin(RolloutMeterMixin, RecipeTrainerMixin):
     """Put before `PPOTrainer` or `R1GRPOTrainer`: checkpoints that survive a kill, tokens/s (of prompts and
     completions, once an epoch of a rollout), tracked rewards."""
 
@@ -26,14 +26,6 @@ class RecipeRLMixin(RecipeTrainerMixin):
         finally:
             args.reward_weights = given
         self.start_metering()
-
-    def count_tokens(self, batch):
-        return 0  # prompts as text: what becomes of them is counted below
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.model.training:
-            self.speed.add_tokens(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 # ---------------------------------------------------------------- samples

@@ -1,6 +1,7 @@
 """The settings that every stage's config shares: precision, the run folder, resuming."""
 
 import copy
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,14 @@ import torch
 def setting(default, text):
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": text})
+
+
+def from_json(name, given):
+    """A value from YAML as it is, or from the command line as JSON. Raises ValueError for a text that is none."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={given!r} is not JSON: {error}") from error
 
 
 def has_bf16(args):
