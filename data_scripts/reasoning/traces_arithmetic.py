@@ -116,7 +116,7 @@ def simple_equations(problem):
     for sign, term in re.findall(r"(^|[+-]) ?([^ ]+)", left):
         way = -1 if sign == "-" else 1
         if letter in term:
-            factor += way * int(term.partition("*")[0] if "*" in term else 1)
+            factor += way * int(term.partition("*")[0] if "*" in term else term.replace(letter, "1"))  # also "-a"
         else:
             rest += way * int(term)
     right, name = int(right), f"{abs(factor)}*{letter}" if abs(factor) != 1 else letter

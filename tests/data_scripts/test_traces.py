@@ -124,6 +124,14 @@ def test_what_has_no_procedure_says_so(name, prompt):
         solve(Problem(name, 0, prompt, "1"))
 
 
+@pytest.mark.parametrize("left, right, answer", [
+    ("-a - 13", -14, 1), ("a + 3", 5, 2), ("-a", 4, -4), ("7 - a", 2, 5), ("-3*a + 1", 7, -2), ("-13 - a", -14, 1),
+])  # fmt: skip
+def test_equations_whose_unknown_is_negative(left, right, answer):
+    working = SOLVERS["simple_equations"](Problem("simple_equations", 0, f"Solve for a: {left} = {right}", str(answer)))
+    assert working.answer == str(answer)
+
+
 @pytest.mark.parametrize("a, b", [(0, 0), (9, 9), (47, 85), (99, 1), (100, 900), (5, 123), (999, 999)])
 def test_columns_agree_with_arithmetic(a, b):
     assert traces_columns.add(a, b)[1] == a + b
