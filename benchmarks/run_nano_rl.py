@@ -326,6 +326,23 @@ def print_pilots(path):
         print(name.ljust(24), ", ".join(means))
 
 
+def print_graph(path):
+    """Seconds and mean accuracy of each stage of a pipeline.json, and by how much each task changed since `cold`."""
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    rows, start = [], stages.get("cold", {}).get("scores")
+    for name, stage in stages.items():
+        scores = stage["scores"]
+        mean = scores.get("mean of tasks")
+        gains = {task: scores[task]["value"] - start[task]["value"] for task in scores if mean and start}
+        largest = sorted((task for task in gains if task != "mean of tasks"), key=gains.get, reverse=True)[:3]
+        rows.append([
+            name, stage["state"], f"{stage['seconds']:.0f} s",
+            f"{100 * mean['value']:.1f} [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}]" if mean else "-",
+            ", ".join(f"{task} {100 * gains[task]:+.1f}" for task in largest if gains[task]),
+        ])  # fmt: skip
+    print(aligned(["stage", "state", "time", "mean pass@1 %", "largest changes since cold"], rows))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/nano_rl"))
@@ -339,7 +356,10 @@ def main(argv=None):
     parser.add_argument("--parallel", type=int, default=8, help="runs at a time")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--pilots", type=Path, help="only print the mean accuracies of single runs in this file")
+    parser.add_argument("--graph", type=Path, help="only print the stages of this pipeline.json")
     args, overrides = parser.parse_known_args(argv)
+    if args.graph:
+        return print_graph(args.graph)
     if args.pilots:
         return print_pilots(args.pilots)
     if args.parallel < 1:

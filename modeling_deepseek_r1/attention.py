@@ -6,10 +6,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoding_attention import absorbed_attention, causal_chunk_attention
 from .decoding_cache import PrefillView
+from .documents import document_attention
 from .experts import compute_dtype
+from .fused import runs_fused
 from .linear_weights import is_plain
 from .norms import DeepSeekR1RMSNorm
 from .rotary import rotate, softmax_scale
+from .training_blocks import can_turn_in_place, fused_queries_keys
+from .training_cpu import CausalAttentionFunction, attends
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -62,13 +66,15 @@ class DeepSeekR1LatentAttention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
 
+    def flat_queries(self, hidden_states):
+        """(B, S, D) -> (B, S, H (nope + rope)); Eqs. 6-9 without the rotation."""
+        if self.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
     def project_queries(self, hidden_states):
         """(B, S, D) -> (B, H, S, nope + rope); Eqs. 6-9 without the rotation."""
-        if self.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
-        else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        return queries.unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2)
+        return self.flat_queries(hidden_states).unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2)
 
     def compress(self, hidden_states):
         """(B, S, D) -> latent (B, 1, S, kv_lora_rank) of Eq. 1 and unrotated key (B, 1, S, R) of Eq. 3."""
@@ -121,7 +127,47 @@ class DeepSeekR1LatentAttention(nn.Module):
 
     def attend_expanded(self, queries, latent, key_rope, attention_mask, **kwargs):
         """(B, H, S, nope + R), (B, 1, T, r), (B, 1, T, R) -> (B, S, H, v) and weights or None."""
-        keys, values = self.expand(latent, key_rope)
+        return self.attend(queries, *self.expand(latent, key_rope), attention_mask, **kwargs)
+
+    def runs_on_cpu(self, hidden_states, attention_mask, **kwargs):
+        """Whether this is a step of plain causal attention that `CausalAttentionFunction` computes."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and not (self.training and self.attention_dropout)
+            and kwargs.get("is_causal") is not False
+            and attends(hidden_states, self.config.num_attention_heads, attention_mask)
+        )
+
+    def project(self, hidden_states):
+        """(B, S, D) -> queries (B, S, H (nope + R)), expanded latents (B, S, H (nope + v)), rotary key (B, S, R); none
+        of them rotated."""
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
+        )
+        return self.flat_queries(hidden_states), self.kv_b_proj(self.kv_a_layernorm(latent)), key_rope
+
+    def attend_on_cpu(self, hidden_states, position_embeddings, attention_mask):
+        """The whole of `forward` up to the output projection, without a cache, where `runs_on_cpu`."""
+        queries, expanded, key_rope = self.project(hidden_states)
+        return CausalAttentionFunction.apply(
+            queries.unflatten(-1, (-1, self.config.qk_head_dim)).transpose(1, 2), expanded, key_rope.unsqueeze(1),
+            *position_embeddings, attention_mask, self.scaling, self.config.rope_interleave,
+        )  # fmt: skip
+
+    def attend_fused(self, hidden_states, position_embeddings, attention_mask, **kwargs):
+        """The whole of `forward` up to the output projection, without a cache: queries and keys in one pass."""
+        queries, expanded, key_rope = self.project(hidden_states)
+        config, last = self.config, self.q_proj if self.q_lora_rank is None else self.q_b_proj
+        queries, keys, values = fused_queries_keys(
+            queries, expanded, key_rope, *position_embeddings, config.qk_nope_head_dim, config.qk_rope_head_dim,
+            config.v_head_dim, config.rope_interleave, inplace=is_plain(last) and can_turn_in_place(queries),
+        )  # fmt: skip
+        return self.attend(queries, keys, values, attention_mask, **kwargs)
+
+    def attend(self, queries, keys, values, attention_mask, documents=None, **kwargs):
+        """(B, H, S, nope + R) twice, (B, H, S, v) -> (B, S, H, v) and weights or None, by the chosen implementation."""
+        if documents is not None:
+            return document_attention(queries, keys, values, documents, self.scaling), None
         implementation = self.config._attn_implementation
         # On a CPU, torch's fused kernel takes values only as wide as keys, and falls back to one 2 x slower.
         pad = implementation == "sdpa" and values.device.type == "cpu" and queries.shape[2] > 1
@@ -141,6 +187,12 @@ class DeepSeekR1LatentAttention(nn.Module):
         return output[..., : self.config.v_head_dim] if missing_width > 0 else output, weights
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        if past_key_values is None and runs_fused(hidden_states, self.kv_a_layernorm.weight):
+            output, weights = self.attend_fused(hidden_states, position_embeddings, attention_mask, **kwargs)
+            return self.o_proj(output.flatten(2)), weights
+        if past_key_values is None and self.runs_on_cpu(hidden_states, attention_mask, **kwargs):
+            output = self.attend_on_cpu(hidden_states, position_embeddings, attention_mask)
+            return self.o_proj(output.flatten(2)), None
         cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
         query_nope, query_rope = self.project_queries(hidden_states).split(
             (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1

@@ -5,7 +5,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ATTENTIONS
 from .moe import DeepSeekR1MLP, DeepSeekR1MoE
-from .norms import DeepSeekR1RMSNorm, DropPath
+from .norms import DeepSeekR1RMSNorm, DropPath, add_and_norm
 
 
 class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
@@ -28,6 +28,7 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
         depth = min(layer_idx / max(config.num_hidden_layers - 1, 1), 1.0)
         # Both regularisers act on a sub-layer's output before it joins the residual stream.
         self.branch = nn.Sequential(nn.Dropout(config.hidden_dropout), DropPath(config.drop_path_rate * depth))
+        self.regularised = bool(config.hidden_dropout or config.drop_path_rate)
 
     def forward(
         self,
@@ -47,6 +48,7 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + self.branch(attended)
-        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, segment_ids, routes)
-        return hidden_states + self.branch(fed_forward)
+        hidden_states, normed = add_and_norm(self.post_attention_layernorm, hidden_states, self.branch(attended))
+        if self.regularised:
+            return hidden_states + self.branch(self.mlp(normed, token_mask, segment_ids, routes))
+        return self.mlp(normed, token_mask, segment_ids, routes, residual=hidden_states)

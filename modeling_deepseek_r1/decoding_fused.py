@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import DeepSeekR1LatentAttention
-from .decoding_step import ModuleStep, kernels_run_on
+from .decoding_step import ModuleStep
 from .experts import DeepSeekR1Experts
+from .fused import kernels_run_on
 from .kernels_drafting import begin as begin_step
 from .kernels_drafting import best_of_logits, best_tokens
 from .kernels_experts import FEW_TOKENS, experts_forward

@@ -13,6 +13,7 @@ import torch
 from .decoding_cpu import SingleTokenLayer, row_product
 from .decoding_experts import experts_few_tokens
 from .experts import DeepSeekR1Experts
+from .fused import kernels_run_on
 from .linear_weights import effective_weight, is_plain
 from .moe import DeepSeekR1MoE
 from .rotary import rotate, softmax_scale
@@ -24,11 +25,6 @@ except ImportError:
 else:
     from .kernels_attention import attention_blocks, expand_values, latent_attention, prepare_and_absorb, split_count
     from .kernels_experts import SILU, decode_experts
-
-
-def kernels_run_on(device):
-    """Whether Triton kernels run on tensors of `device`: on CUDA, or anywhere under Triton's interpreter."""
-    return triton is not None and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
 
 
 @dataclass

@@ -7,10 +7,14 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface
 
+from .fused import runs_fused
 from .layout import fuse_expert_keys
+from .training_cpu import ExpertsFunction, is_silu, serves
+from .training_experts import fused_experts, sort_pairs
 
 # The library's experts functions, with our own under the name the library picks by default.
 EXPERTS = ExpertsInterface()
+SILU = type(ACT2FN["silu"])
 
 
 def compute_dtype(tensor):
@@ -51,6 +55,24 @@ class DeepSeekR1Experts(nn.Module):
             output = output.index_add(0, token, (result * top_k_weights[token, choice, None]).to(output.dtype))
         return output
 
+    def runs_fused(self, hidden_states):
+        """Whether `fused` serves: on CUDA, in bf16, with the grouped matmuls that torch has there."""
+        return (
+            runs_fused(hidden_states, self.gate_up_proj, self.down_proj)
+            and compute_dtype(hidden_states) == torch.bfloat16
+            and type(self.act_fn) is SILU
+            and self.config._experts_implementation == "grouped_mm"
+            and self.hidden_dim % 8 == self.intermediate_dim % 8 == 0
+        )
+
+    def fused(self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None):
+        """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training."""
+        dtype = compute_dtype(hidden_states)
+        return fused_experts(
+            hidden_states.to(dtype), top_k_weights, *sort_pairs(top_k_index, self.num_experts),
+            self.gate_up_proj.to(dtype), self.down_proj.to(dtype), residual, shared,
+        )  # fmt: skip
+
 
 def grouped_linear(rows, weight, offsets):
     """rows (N, D_in) sorted by expert, weight (E, D_out, D_in), offsets (E,) int32 ends of the runs -> (N, D_out).
@@ -88,6 +110,10 @@ def grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights):
     Under autocast the weights are cast to the compute dtype first; torch's grouped matmul knows no autocast and would
     multiply fp32 master weights in fp32.
     """
+    if self.runs_fused(hidden_states):
+        return self.fused(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
+    if is_silu(self.act_fn) and serves(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj):
+        return ExpertsFunction.apply(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
     tokens, top_k = top_k_index.shape
     dtype = compute_dtype(hidden_states)
     expert_of = top_k_index.flatten()

@@ -6,6 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .experts import compute_dtype
+from .fused import is_switched_on
+from .kernels_cross_entropy import fused_linear_cross_entropy, has_kernels, scaled
+from .training_cpu import cross_entropy_with_gradients, takes
 
 # Logits held at a time, in elements: 256 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 26
@@ -28,12 +31,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of cross_entropy(hidden @ weight.T, labels), the gradients made beside the loss.
 
     Gradients are kept per unit of the sum, so that fp16 sees numbers near 1 and not near 1 / tokens; the backward
-    scales them.
+    scales them. On CUDA the work is `fused_linear_cross_entropy`'s, on a CPU in fp32 `cross_entropy_with_gradients`'s.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, label_smoothing, ignore_index):
         dtype = compute_dtype(hidden)
+        ctx.fused, ctx.dtypes = is_switched_on() and has_kernels(hidden), (hidden.dtype, weight.dtype)
+        if ctx.fused:
+            with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+                losses, *gradients = fused_linear_cross_entropy(
+                    hidden, weight.to(dtype), labels, label_smoothing, ignore_index, *ctx.needs_input_grad[:2]
+                )
+            ctx.save_for_backward(*gradients)
+            ctx.mark_non_differentiable(losses)
+            return losses.sum(), losses
+        if dtype == torch.float32 and takes(hidden, weight) and any(ctx.needs_input_grad[:2]):
+            losses, *gradients = cross_entropy_with_gradients(
+                hidden, weight, labels, label_smoothing, ignore_index, *ctx.needs_input_grad[:2], CHUNK_ELEMENTS
+            )
+            ctx.save_for_backward(*gradients)
+            ctx.mark_non_differentiable(losses)
+            return losses.sum(), losses
         with torch.autocast(hidden.device.type, enabled=False):
             narrow, vocab_size = weight.to(dtype), weight.shape[0]
             rows = chunk_rows(hidden.shape[0], vocab_size)
@@ -65,7 +84,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += grad.t() @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -73,6 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_sum, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
+        if ctx.fused:
+            pairs = zip((grad_hidden, grad_weight), ctx.dtypes)
+            return *(None if grad is None else scaled(grad, grad_sum, dtype) for grad, dtype in pairs), None, None, None
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_sum).to(hidden_dtype)
         if grad_weight is not None:

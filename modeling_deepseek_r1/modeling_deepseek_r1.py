@@ -21,6 +21,7 @@ from .configuration_deepseek_r1 import DeepSeekR1Config
 from .decoder import DeepSeekR1DecoderLayer
 from .decoding import FastGenerationMixin
 from .decoding_cache import PrefillView
+from .documents import attends_to_documents, find_documents
 from .experts import DeepSeekR1Experts
 from .layout import CheckpointLayoutMixin, register_with_library
 from .losses import linear_cross_entropy
@@ -122,9 +123,12 @@ class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
 
     def expert_load_max_over_mean(self):
         """{layer index: largest over mean expert load of the last optimizer step}; 1.0 is perfectly even."""
+        if not self.expert_load:
+            return {}
+        loads = torch.stack(list(self.expert_load.values())).cpu()  # one wait for the device
         return {
             layer: float(load.max() * load.numel() / load.sum())
-            for layer, load in self.expert_load.items()
+            for layer, load in zip(self.expert_load, loads)
             if load.any()
         }
 
@@ -167,14 +171,17 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         position_ids (B or 1, S) or None; token_mask: as `forward` takes it.
         """
         rows, length = inputs_embeds.shape[:2]
+        mask_positions = position_ids  # positions made here hide no packed documents; looking for them waits for a GPU
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + seen
         if isinstance(past_key_values, PrefillView):
             # The attention itself knows where a chunk of a prompt stands; documents are never packed here.
             attention_mask, past_key_values, mask_positions = None, None, None
-        else:
-            mask_positions = position_ids
+        documents = None
+        if mask_positions is not None and attention_mask is None and past_key_values is None:
+            if attends_to_documents(self.config, inputs_embeds, self.training):
+                documents, mask_positions = find_documents(position_ids, rows), None
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -194,6 +201,7 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "position_ids": position_ids,
             "attention_mask": causal_mask,
+            "documents": documents,
             "token_mask": token_mask,
             "segment_ids": segment_ids,
         }

@@ -3,12 +3,18 @@
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .experts import DeepSeekR1Experts
+from .experts import SILU, DeepSeekR1Experts, compute_dtype
+from .fused import runs_fused
+from .linear_weights import is_intercepted, is_plain
 from .routing import ROUTERS
+from .training_blocks import fused_gated_mlp
 
 
 class DeepSeekR1MLP(nn.Module):
-    """Gated MLP, down(act(gate(x)) * up(x)). Source: arXiv:2002.05202, Eq. 6. Shapes: (B, S, D) -> (B, S, D)."""
+    """Gated MLP, down(act(gate(x)) * up(x)), added to `residual` if that is given. Source: arXiv:2002.05202, Eq. 6.
+
+    Shapes: hidden_states and residual (B, S, D) -> (B, S, D).
+    """
 
     def __init__(self, config, intermediate_size=None):
         super().__init__()
@@ -18,15 +24,29 @@ class DeepSeekR1MLP(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None, residual=None):
+        if self.runs_fused(hidden_states):
+            dtype = compute_dtype(hidden_states)
+            weights = (linear.weight.to(dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
+            output = fused_gated_mlp(hidden_states.flatten(0, -2).to(dtype), *weights).view(hidden_states.shape)
+        else:
+            output = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return output if residual is None else residual + output
+
+    def runs_fused(self, hidden_states):
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return (
+            type(self.act_fn) is SILU
+            and all(is_plain(linear) for linear in linears)
+            and runs_fused(hidden_states, *(linear.weight for linear in linears))
+        )
 
 
 class DeepSeekR1MoE(nn.Module):
-    """Sum of the chosen experts, each times its gate value, and of the shared experts.
+    """Sum of the chosen experts, each times its gate value, of the shared experts and of `residual` if that is given.
 
     Source: DeepSeekMoE (arXiv:2401.06066), Eq. 9; DeepSeek-V3 (arXiv:2412.19437), Eq. 12.
-    Shapes: hidden_states (B, S, D), token_mask (B, S) bool, segment_ids (B, S) int64, routes (B, S, K)
+    Shapes: hidden_states and residual (B, S, D), token_mask (B, S) bool, segment_ids (B, S) int64, routes (B, S, K)
     -> (B, S, D).
     """
 
@@ -40,7 +60,15 @@ class DeepSeekR1MoE(nn.Module):
             else None
         )
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None, residual=None):
         _, weights, indices = self.gate(hidden_states, token_mask, segment_ids, routes)
-        output = self.experts(hidden_states.flatten(0, -2), indices, weights).view_as(hidden_states)
-        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        tokens = hidden_states.flatten(0, -2)
+        shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
+        # Adapters and quantisers put modules of their own in the experts' place.
+        bare = type(self.experts) is DeepSeekR1Experts and not is_intercepted(self.experts)
+        if bare and self.experts.runs_fused(tokens):
+            added = (None if part is None else part.flatten(0, -2) for part in (residual, shared))
+            return self.experts.fused(tokens, indices, weights, *added).view(hidden_states.shape)
+        output = self.experts(tokens, indices, weights).view_as(hidden_states)
+        output = output if shared is None else output + shared
+        return output if residual is None else residual + output

@@ -3,6 +3,11 @@
 import torch
 from torch import nn
 
+from .fused import runs_fused
+from .linear_weights import is_intercepted
+from .training_blocks import fused_add_rms_norm, fused_rms_norm
+from .training_cpu import RMSNormFunction, serves
+
 
 class ExactBuffers(nn.Module):
     """A module whose fp32 buffers stay fp32 whatever the module is cast to.
@@ -20,7 +25,10 @@ class ExactBuffers(nn.Module):
 
 
 class DeepSeekR1RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean taken in fp32. Source: arXiv:1910.07467, Eq. 4. Shapes: (..., D) -> (..., D)."""
+    """x / rms(x) * weight, the mean taken in fp32. Source: arXiv:1910.07467, Eq. 4. Shapes: (..., D) -> (..., D).
+
+    Under autocast the fused kernel returns the dtype in which the next matrix product computes.
+    """
 
     def __init__(self, hidden_size, eps=1e-6):
         super().__init__()
@@ -28,12 +36,31 @@ class DeepSeekR1RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states):
+        if runs_fused(hidden_states, self.weight):
+            return fused_rms_norm(hidden_states, self.weight, self.variance_epsilon, self.output_dtype(hidden_states))
+        if serves(hidden_states, self.weight):
+            return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
         # fp32 weights with bf16 activations (autocast): the fused kernels want one dtype, the wider is exact.
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
+    def output_dtype(self, hidden_states):
+        """Of the fused kernel's result."""
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return torch.promote_types(hidden_states.dtype, self.weight.dtype)
+
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def add_and_norm(norm, residual, branch):
+    """-> residual + branch and `norm` of it, in one pass where the fused kernel serves. Shapes: (..., D) all."""
+    if type(norm) is DeepSeekR1RMSNorm and runs_fused(residual, branch, norm.weight) and not is_intercepted(norm):
+        return fused_add_rms_norm(residual, branch, norm.weight, norm.variance_epsilon, norm.output_dtype(residual))
+    residual = residual + branch
+    return residual, norm(residual)
 
 
 class DropPath(nn.Module):

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .fused import runs_fused
 from .norms import ExactBuffers
+from .training_routing import fused_route, router_logits
 
 
 class _AttachRouterLoss(torch.autograd.Function):
@@ -115,6 +117,10 @@ class DeepSeekR1Router(ExactBuffers):
         return torch.where(routes[:, :1] < 0, indices, routes)
 
     def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
+        trains = self.training and torch.is_grad_enabled()
+        by_row = not trains or segment_ids is None  # the kernels' balance loss knows no documents
+        if by_row and type(self) in FUSED_KINDS and runs_fused(hidden_states, self.weight):
+            return self.forward_fused(hidden_states, token_mask, routes, trains)
         # In fp32, also under autocast: rounding would make near-tied experts swap places.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.flatten(0, -2).float(), self.weight.float())
@@ -126,9 +132,24 @@ class DeepSeekR1Router(ExactBuffers):
             if self.norm_topk_prob:                                                       # V3, Eq. 13
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
             weights = weights * self.routed_scaling_factor
-            if self.training and torch.is_grad_enabled():
+            if trains:
                 rows = (hidden_states.shape[0], -1) if hidden_states.dim() == 3 else (1, -1)
                 weights = self.attach_losses(logits, scores, weights, indices, rows, token_mask, segment_ids)
+        return logits, weights, indices
+
+    def forward_fused(self, hidden_states, token_mask, routes, trains):
+        """`forward` by the fused kernels, in which a row is a sequence."""
+        scoring, group_score = FUSED_KINDS[type(self)]
+        grouped = self.n_group > 1 and group_score is not None
+        logits = router_logits(hidden_states.flatten(0, -2), self.weight)
+        weights, indices = fused_route(
+            logits, self.e_score_correction_bias if self.has_bias else None,
+            self.balance_loss_scale if trains else None, self.load_counts if trains else None,
+            hidden_states.shape[0] if hidden_states.dim() == 3 else 1, token_mask, routes, scoring=scoring,
+            n_group=self.n_group if grouped else 1, topk_group=self.topk_group if grouped else 1,
+            group_score=group_score or "max", top_k=self.top_k, norm_topk=self.norm_topk_prob,
+            scaling=self.routed_scaling_factor, balance_alpha=self.balance_alpha, z_loss_coef=self.z_loss_coef,
+        )  # fmt: skip
         return logits, weights, indices
 
     def attach_losses(self, logits, scores, weights, indices, rows, token_mask, segment_ids):
@@ -182,6 +203,13 @@ class SoftmaxGroupRouter(SoftmaxRouter):
             scores = self.keep_best_groups(scores, best)
         return super().select(scores)
 
+
+# Kinds that the fused kernels know, exactly: (scores, what a group is judged by or None without groups).
+FUSED_KINDS = {
+    SigmoidGroupRouter: ("sigmoid", "sum2"),
+    SoftmaxRouter: ("softmax", None),
+    SoftmaxGroupRouter: ("softmax", "max"),
+}
 
 # Keyed by the released fields; `configuration_deepseek_r1.ROUTER_KINDS` lists the same pairs.
 ROUTERS = {

@@ -14,11 +14,12 @@ import yaml
 from transformers import CONFIG_MAPPING, TrainingArguments
 from trl import TrlParser
 
+from recipes.optimizers import OptimizerSettings
 from recipes.run_settings import RunSettings, setting
 
 
 @dataclass
-class PretrainConfig(RunSettings, TrainingArguments):
+class PretrainConfig(OptimizerSettings, RunSettings, TrainingArguments):
     """Everything of `transformers.TrainingArguments`, with the defaults of the DeepSeek papers, and the fields below.
 
     Raises:

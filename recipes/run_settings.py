@@ -71,6 +71,8 @@ class RunSettings:
             self.bf16 = has_bf16(self)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        elif self.accelerator_config is None and self.dataloader_pin_memory:
+            self.accelerator_config = {"non_blocking": True}  # else each batch's copy waits for the whole last step
         super().__post_init__()  # that of the library's config, next in the order of bases
 
     def __copy__(self):

@@ -1,6 +1,9 @@
 """Settings every test shares: no network, two threads (or OMP_NUM_THREADS), a fixed seed."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
@@ -14,3 +17,28 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 @pytest.fixture(autouse=True)
 def fixed_seed():
     set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def interpreted(request):
+    """A function that takes a test file and fails unless all its tests passed in Triton's interpreter, none skipped.
+
+    They run in a process with TRITON_INTERPRET=1: one for all files of the session that ask for this fixture, because
+    the imports take longer than the tests. Left out are tests marked `gpu` and those named *_in_the_interpreter, which
+    only ask.
+    """
+    pytest.importorskip("triton")
+    root = request.config.rootpath
+    files = sorted({str(item.path) for item in request.session.items if "interpreted" in item.fixturenames})
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
+               "-k", "not in_the_interpreter", *files]  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+    def check(file):
+        name = f"{Path(file).relative_to(root).as_posix()}::"
+        lines = [line for line in run.stdout.splitlines() if line.startswith(name) and line.endswith("%]")]
+        wrong = [line for line in lines if " PASSED" not in line]
+        assert lines and not wrong, "\n".join(wrong) + run.stdout[-6000:] + run.stderr[-2000:]
+
+    return check

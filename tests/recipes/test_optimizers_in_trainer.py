@@ -1,0 +1,98 @@
+"""Our optimizers inside the pre-training trainer: against torch's, resumed, learning, refused."""
+
+import pytest
+import torch
+
+from recipes.optimizers import FusedAdamW, MuonAdamW, muon_groups
+from recipes.packed_rows import PackingCollator
+from recipes.pretrain_config import PretrainConfig
+from recipes.pretrain_trainer import PretrainTrainer
+from tests.recipes.tiny_run import RandomRows, tiny_config, tiny_model
+
+
+class Recorder(PretrainTrainer):
+    """Keeps the losses and the reported gradient norms of every step."""
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self.records = [*getattr(self, "records", []), (self.state.global_step, logs["loss"])]
+            self.norms = [*getattr(self, "norms", []), float(logs["grad_norm"])]
+        super().log(logs, start_time)
+
+
+def trainer_of(folder, **changes):
+    base = tiny_config(folder)
+    fields = {name: getattr(base, name) for name in (
+        "output_dir", "model_config", "sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "learning_rate", "use_cpu", "disable_tqdm", "seed", "device_peak_tflops")}  # fmt: skip
+    fields |= {"max_steps": 10, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "max_grad_norm": 0.5}
+    args = PretrainConfig(**(fields | changes))
+    return Recorder(
+        model=tiny_model(args), args=args, train_dataset=RandomRows(40), data_collator=PackingCollator()
+    )
+
+
+def train(folder, resume=None, **changes):
+    trainer = trainer_of(folder, **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_trainer_losses_and_norms_equal_torchs(tmp_path):
+    plain, fused = (train(tmp_path / kind, optimizer=kind) for kind in ("torch", "fused"))
+    assert type(fused.optimizer.optimizer) is FusedAdamW and type(plain.optimizer.optimizer) is torch.optim.AdamW
+    assert len(plain.records) == 10 and min(plain.norms) > 0.5  # every step clips
+    for (step, loss), (_, expected) in zip(fused.records, plain.records):
+        assert loss == pytest.approx(expected, rel=1e-5), step
+    assert fused.norms == pytest.approx(plain.norms, rel=2e-4)
+    unclipped = [train(tmp_path / f"unclipped_{kind}", optimizer=kind, max_grad_norm=0.0, max_steps=3)
+                 for kind in ("torch", "fused")]  # fmt: skip
+    assert unclipped[1].norms == pytest.approx(unclipped[0].norms, rel=1e-5)
+    assert unclipped[1].records[2][1] == pytest.approx(unclipped[0].records[2][1], rel=1e-5)
+    assert abs(unclipped[0].norms[2] / plain.norms[2] - 1) > 1e-4  # clipping does change the run
+
+
+@pytest.mark.parametrize("kind", ["fused", "muon"])
+def test_trainer_resumes_exactly(tmp_path, kind):
+    options = {"optimizer": kind, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = train(tmp_path / "whole", **options)
+    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    assert resumed.records == whole.records[2:]
+    for found, expected in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(found, expected)
+
+
+def test_trainer_learns_with_muon(tmp_path):
+    options = {"learning_rate": 5e-3, "max_steps": 25, "max_grad_norm": 1.0, "lr_scheduler_type": "constant"}
+    trainer = train(tmp_path, optimizer="muon", muon_learning_rate=1e-2, **options)
+    assert type(trainer.optimizer.optimizer) is MuonAdamW
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-2, 5e-3}
+    first, last = (sum(loss for _, loss in part) / 5 for part in (trainer.records[:5], trainer.records[-5:]))
+    assert last < first - 0.15, (first, last)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"optimizer": "adam"}, "optimizer='adam'"), ({"muon_adjust_lr": "x"}, "muon_adjust_lr='x'"),
+    ({"optimizer": "fused", "optim": "adafactor"}, "optim="), ({"stochastic_rounding": True}, "stochastic_rounding"),
+])  # fmt: skip
+def test_settings_that_exclude_each_other(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, **changes)
+
+
+def test_groups_of_muon(tmp_path):
+    model = tiny_model(tiny_config(tmp_path))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = [name for name, p in model.named_parameters() if p.ndim >= 2]
+    groups = muon_groups(model, decayed, 0.1, 0.02)
+    found = [sorted(names[id(p)] for p in group["params"]) for group in groups]
+    assert sum(map(len, found)) == len(names) == len(set(sum(found, [])))
+    assert [(g.get("muon"), g.get("stacked"), g["weight_decay"]) for g in groups] == [
+        (True, 1, 0.1), (True, 1, 0.1), (True, 2, 0.1), (None, None, 0.1), (None, None, 0.0)
+    ]  # fmt: skip
+    assert all(name.endswith("experts.down_proj") for name in found[1])
+    assert all(name.endswith("experts.gate_up_proj") for name in found[2]) and len(found[2]) == 2
+    assert found[3] == ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight",
+                        "model.layers.2.mlp.gate.weight"]  # fmt: skip
+    assert all("norm" in name for name in found[4])
+    assert any(name.endswith("eh_proj.weight") for name in found[0])
