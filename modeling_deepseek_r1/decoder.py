@@ -4,6 +4,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ATTENTIONS
+from .linear_weights import is_intercepted
 from .moe import DeepSeekR1MLP, DeepSeekR1MoE
 from .norms import DeepSeekR1RMSNorm, DropPath, add_and_norm
 
@@ -13,7 +14,7 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
 
     Shapes: hidden_states (B, S, D), position_embeddings two of (B, S, R / 2), attention_mask as the attention
     implementation wants it, token_mask (B, S) bool, segment_ids (B, S) int64 and routes (B, S, K) for the router
-    -> (B, S, D).
+    -> (B, S, D). `kept_routes`: an empty list, in which a pass that is computed again finds the experts of the first.
     """
 
     def __init__(self, config, layer_idx):
@@ -39,6 +40,7 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
         token_mask=None,
         segment_ids=None,
         routes=None,
+        kept_routes=None,
         **kwargs,
     ):
         attended, _ = self.self_attn(
@@ -49,6 +51,8 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states, normed = add_and_norm(self.post_attention_layernorm, hidden_states, self.branch(attended))
-        if self.regularised:
-            return hidden_states + self.branch(self.mlp(normed, token_mask, segment_ids, routes))
-        return self.mlp(normed, token_mask, segment_ids, routes, residual=hidden_states)
+        routing = token_mask, segment_ids, kept_routes[0] if kept_routes else routes, kept_routes
+        # Who listens at the feed-forward block, or replaces what it returns, means the block's own output.
+        if self.regularised or is_intercepted(self.mlp):
+            return hidden_states + self.branch(self.mlp(normed, *routing))
+        return self.mlp(normed, *routing, residual=hidden_states)

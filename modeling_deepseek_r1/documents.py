@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .experts import compute_dtype
 from .fused import runs_fused
@@ -37,17 +39,35 @@ def find_documents(position_ids, rows):
     return Documents(bounds, int(bounds.diff().max()))
 
 
-def attends_to_documents(config, inputs_embeds, training):
-    """Whether `document_attention` serves a model: on CUDA in half precision, under torch's attention, no dropout."""
+def attends_to_documents(model, inputs_embeds):
+    """Whether `document_attention` serves a `DeepSeekR1Model`: on CUDA in half precision, under torch's attention, no
+    dropout.
+
+    Not where somebody put something else in the place of torch's attention, or hooks that can change an attention's
+    arguments, as accelerate's context parallelism does: each process then has a part of the keys only.
+    """
+    config = model.config
     return (
         config._attn_implementation == "sdpa"
+        and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
         and inputs_embeds.is_cuda
+        and has_flash_attention(inputs_embeds.device)
         and runs_fused(inputs_embeds)
         and compute_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
-        and not (training and config.attention_dropout)
+        and not (model.training and config.attention_dropout)
         and config.v_head_dim <= config.qk_head_dim <= 256
         and config.qk_head_dim % 8 == 0
         and set(config.attention_types or ["latent"]) == {"latent"}
+        and not any(layer.self_attn._forward_pre_hooks_with_kwargs for layer in model.layers)
+    )
+
+
+def has_flash_attention(device):
+    """Whether torch's flash attention was built, is not switched off, and runs on this GPU (Ampere or newer)."""
+    return (
+        torch.backends.cuda.is_flash_attention_available()
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

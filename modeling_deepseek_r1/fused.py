@@ -7,6 +7,7 @@ which the compiler fuses itself. On a CPU in fp32 the functions of `training_cpu
 `set_fused_kernels(True)` also runs the kernels in Triton's interpreter, on a CPU.
 """
 
+import functools
 import os
 
 import torch
@@ -39,12 +40,24 @@ def kernels_run_on(device):
     return triton is not None and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
 
 
+def on_its_device(launcher):
+    """`launcher` with the device of its first argument, a tensor, as the current one: Triton launches kernels there,
+    and a model may lie on several GPUs."""
+
+    @functools.wraps(launcher)
+    def launch(tensor, *args, **kwargs):
+        with torch.cuda.device_of(tensor):
+            return launcher(tensor, *args, **kwargs)
+
+    return launch
+
+
 def runs_fused(*tensors):
     """Whether the fused kernels serve these: float tensors of one process (no DTensor, no subclass) on CUDA."""
     if not is_switched_on() or not (tensors[0].is_cuda or (_enabled and kernels_run_on(tensors[0].device))):
         return False
     return (
         triton is not None
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and all(tensor.dtype in FLOATS and type(tensor) in _PLAIN for tensor in tensors)
     )

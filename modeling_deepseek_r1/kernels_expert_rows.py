@@ -12,6 +12,8 @@ they are neither read nor written, and count as zero. All tensors are contiguous
 
 import torch
 
+from .fused import on_its_device
+
 try:
     import triton
     import triton.language as tl
@@ -62,6 +64,7 @@ def _place_pairs(
         tl.store(offsets + run, end, mask=run < E)
 
 
+@on_its_device
 def sort_pairs_kernels(top_k_index, num_experts):
     """See `training_experts.sort_pairs`. Two kernels and a running sum over experts x blocks between them."""
     pairs, device = top_k_index.numel(), top_k_index.device
@@ -132,6 +135,7 @@ def _columns(width):
     return min(divisor, 1024) if divisor >= 64 else min(128, triton.next_power_of_2(width))
 
 
+@on_its_device
 def gather_rows(source, order, offsets, top_k, dtype):
     """source (T, D) any float dtype -> source[order // top_k] (N, D) in `dtype`; other ranks' rows stay undefined."""
     pairs, width = order.numel(), source.shape[1]
@@ -145,6 +149,7 @@ def gather_rows(source, order, offsets, top_k, dtype):
     return output
 
 
+@on_its_device
 def sum_choices(rows, back, offsets, top_k, dtype, residual=None, shared=None):
     """rows (N, D) by expert -> residual[t] + shared[t] + sum_k rows[back[t * K + k]] (T, D) in `dtype`.
 
@@ -219,6 +224,7 @@ def _gate_rows_backward(
     tl.store(grad_weights + pair, total, mask=inside)
 
 
+@on_its_device
 def gate_rows(gate_up, weights, order, offsets):
     """gate_up (N, 2 I) by expert, weights (T, K) any float dtype -> silu(gate) * up * weights[order] (N, I)."""
     (pairs, inner), block = (gate_up.shape[0], gate_up.shape[1] // 2), min(512, _columns(gate_up.shape[1] // 2))
@@ -231,6 +237,7 @@ def gate_rows(gate_up, weights, order, offsets):
     return output
 
 
+@on_its_device
 def gate_rows_backward(gate_up, weights, order, offsets, grad_output, with_output=True, in_place=False):
     """Gradients of `gate_rows` for `grad_output` (N, I), which is overwritten with the forward's result.
 
@@ -264,6 +271,7 @@ def _zero_empty_experts(gradient, offsets, SIZE: tl.constexpr, PROGRAMS: tl.cons
         tl.store(pointers, tl.zeros((BLOCK,), tl.float32), mask=start + lane < SIZE)
 
 
+@on_its_device
 def zero_empty_experts(gradient, offsets):
     """Sets gradient[e] (E, M, P), contiguous, to zero where expert e has no rows, in place; reads two numbers each.
 

@@ -10,6 +10,8 @@ parts are exact in fp32, and those below the last bit of fp32 are left out. Noth
 
 import torch
 
+from .fused import on_its_device
+
 try:
     import triton
     import triton.language as tl
@@ -165,6 +167,7 @@ def _block(size, least, most):
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
+@on_its_device
 def logits_forward(hidden, weight):
     """(T, D) and (E, D), contiguous, each fp32, bf16 or fp16 -> (T, E) float32. Reads `hidden` E / 128 times."""
     (tokens, width), experts = hidden.shape, weight.shape[0]
@@ -179,6 +182,7 @@ def logits_forward(hidden, weight):
     return logits
 
 
+@on_its_device
 def hidden_gradient(grad_logits, weight, dtype, base=None):
     """(T, E) float32 and (E, D) -> their product (T, D) in `dtype`, added to `base` (T, D) where given."""
     (tokens, experts), width = grad_logits.shape, weight.shape[1]
@@ -193,6 +197,7 @@ def hidden_gradient(grad_logits, weight, dtype, base=None):
     return grad
 
 
+@on_its_device
 def weight_gradient(grad_logits, hidden, dtype):
     """(T, E) float32 and (T, D) -> grad_logits^T @ hidden (E, D) in `dtype`; the order of the sum is fixed."""
     (tokens, experts), width = grad_logits.shape, hidden.shape[1]
@@ -400,6 +405,7 @@ def _tokens_a_program(places, length):
     return max(1, min(32, 2048 // places, triton.next_power_of_2(length)))
 
 
+@on_its_device
 def route_forward(logits, bias, loss_scale, routes, token_mask, rows, rule):
     """-> weights (T, K) float32, indices (T, K) int64, and where `loss_scale` is given counts (R * E + R,) int32 (what
     each row gave each expert, then the rows' unmasked tokens) and a copy of the scale; `rule`: `RoutingRule`."""
@@ -429,6 +435,7 @@ def route_forward(logits, bias, loss_scale, routes, token_mask, rows, rule):
     return weights, indices, counts, kept_scale
 
 
+@on_its_device
 def route_backward(grad_weights, logits, indices, token_mask, counts, kept_scale, load_counts, rows, rule):
     """-> the gradient of the logits (T, E) float32; with `counts` the losses' too, and `load_counts` is increased."""
     tokens, experts = logits.shape

@@ -13,7 +13,8 @@ def is_intercepted(module):
     (how accelerate offloads, and how kernels are swapped in)."""
     hooks = [hook for hook in module._forward_hooks.values()
              if not getattr(hook, "__name__", "").startswith(HARMLESS_HOOKS)]
-    return bool(hooks or module._forward_pre_hooks or "forward" in vars(module))
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or module._forward_pre_hooks or backward or "forward" in vars(module))
 
 
 def is_bare(module):

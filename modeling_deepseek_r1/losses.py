@@ -89,6 +89,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_sum, _):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: they would lack a term
+            raise RuntimeError(
+                "this loss keeps its gradients, not what gradients of gradients need; for these take the logits "
+                "(skip_logits=False) and torch.nn.functional.cross_entropy, with set_fused_kernels(False)"
+            )
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         if ctx.fused:
@@ -156,5 +161,7 @@ def linear_cross_entropy(hidden, head, labels, label_smoothing=0.0, ignore_index
 def _whole_linear_cross_entropy(hidden, head, labels, label_smoothing, ignore_index):
     """`linear_cross_entropy` with a head's pass over every token, ignored or not."""
     if is_plain_linear(head):
-        return _LinearCrossEntropy.apply(hidden, head.weight, labels, label_smoothing, ignore_index)
+        # Without gradients `needs_input_grad` still says that a trained weight wants one.
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, ignore_index)
     return _module_cross_entropy(hidden, head, labels, label_smoothing, ignore_index)

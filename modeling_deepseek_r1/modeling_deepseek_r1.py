@@ -28,13 +28,14 @@ from .losses import linear_cross_entropy
 from .mtp import DeepSeekR1MTPLayer, document_ids, shift_left, shifted_labels
 from .norms import DeepSeekR1RMSNorm
 from .outputs import DeepSeekR1CausalLMOutput, last_token_index, token_regression_loss
+from .recomputation import ActivationCheckpointingMixin
 from .replay import split_routes
 from .rotary import DeepSeekR1RotaryEmbedding
 from .routing import DeepSeekR1Router, update_expert_bias
 
 
-class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, PreTrainedModel):
-    """What every DeepSeek-R1 class shares: initialisation, checkpoint layout, expert balancing."""
+class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, ActivationCheckpointingMixin, PreTrainedModel):
+    """What every DeepSeek-R1 class shares: initialisation, checkpoint layout, what is recomputed, expert balancing."""
 
     config: DeepSeekR1Config
     base_model_prefix = "model"
@@ -180,7 +181,7 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
             attention_mask, past_key_values, mask_positions = None, None, None
         documents = None
         if mask_positions is not None and attention_mask is None and past_key_values is None:
-            if attends_to_documents(self.config, inputs_embeds, self.training):
+            if attends_to_documents(self, inputs_embeds):
                 documents, mask_positions = find_documents(position_ids, rows), None
         causal_mask = create_causal_mask(
             config=self.config,
@@ -239,7 +240,10 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         hidden_states = inputs_embeds
         layers = self.layers[: self.config.num_hidden_layers]
         for layer, chosen in zip(layers, split_routes(routes, layers, inputs_embeds)):
-            hidden_states = layer(hidden_states, past_key_values=past_key_values, routes=chosen, **shared, **kwargs)
+            hidden_states = layer(
+                hidden_states, past_key_values=past_key_values, routes=chosen, kept_routes=[] if training else None,
+                **shared, **kwargs,
+            )  # fmt: skip
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -388,8 +392,9 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
             if token_mask is not None:
                 real = real & shift_left(token_mask, depth, False) & token_mask
             hidden_states = layer(
-                hidden_states, shift_left(inputs_embeds, depth, 0.0), token_mask=real, **shared, **kwargs
-            )
+                hidden_states, shift_left(inputs_embeds, depth, 0.0), token_mask=real,
+                kept_routes=[] if self.training else None, **shared, **kwargs,
+            )  # fmt: skip
             yield hidden_states
 
     def mtp_loss(self, hidden_states, labels, documents, mtp_inputs):

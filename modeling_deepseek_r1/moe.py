@@ -1,11 +1,13 @@
 """Feed-forward blocks: the dense gated MLP, and DeepSeekMoE with routed and shared experts."""
 
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .experts import SILU, DeepSeekR1Experts, compute_dtype
 from .fused import runs_fused
 from .linear_weights import is_intercepted, is_plain
+from .recomputation import computed_again
 from .routing import ROUTERS
 from .training_blocks import fused_gated_mlp
 
@@ -13,8 +15,10 @@ from .training_blocks import fused_gated_mlp
 class DeepSeekR1MLP(nn.Module):
     """Gated MLP, down(act(gate(x)) * up(x)), added to `residual` if that is given. Source: arXiv:2002.05202, Eq. 6.
 
-    Shapes: hidden_states and residual (B, S, D) -> (B, S, D).
+    Shapes: hidden_states and residual (B, S, D) -> (B, S, D). Attribute `recompute`: see recomputation.py.
     """
+
+    recompute = False
 
     def __init__(self, config, intermediate_size=None):
         super().__init__()
@@ -24,14 +28,22 @@ class DeepSeekR1MLP(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None, residual=None):
+    def forward(
+        self, hidden_states, token_mask=None, segment_ids=None, routes=None, kept_routes=None, residual=None
+    ):
         if self.runs_fused(hidden_states):
             dtype = compute_dtype(hidden_states)
             weights = (linear.weight.to(dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
-            output = fused_gated_mlp(hidden_states.flatten(0, -2).to(dtype), *weights).view(hidden_states.shape)
+            rows = hidden_states.flatten(0, -2).to(dtype)
+            output = fused_gated_mlp(rows, *weights, self.recompute and self.training).view(hidden_states.shape)
+        elif self.recompute:
+            output = computed_again(self, self.plain, hidden_states)
         else:
-            output = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+            output = self.plain(hidden_states)
         return output if residual is None else residual + output
+
+    def plain(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
     def runs_fused(self, hidden_states):
         linears = (self.gate_proj, self.up_proj, self.down_proj)
@@ -47,8 +59,11 @@ class DeepSeekR1MoE(nn.Module):
 
     Source: DeepSeekMoE (arXiv:2401.06066), Eq. 9; DeepSeek-V3 (arXiv:2412.19437), Eq. 12.
     Shapes: hidden_states and residual (B, S, D), token_mask (B, S) bool, segment_ids (B, S) int64, routes (B, S, K)
-    -> (B, S, D).
+    -> (B, S, D). `kept_routes`: an empty list, to which the (T, K) experts that the router chose are appended.
+    Attribute `recompute`: see recomputation.py.
     """
+
+    recompute = False
 
     def __init__(self, config):
         super().__init__()
@@ -60,15 +75,24 @@ class DeepSeekR1MoE(nn.Module):
             else None
         )
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None, residual=None):
+    def forward(
+        self, hidden_states, token_mask=None, segment_ids=None, routes=None, kept_routes=None, residual=None
+    ):
         _, weights, indices = self.gate(hidden_states, token_mask, segment_ids, routes)
+        # What a hook made of the router's output, such as expert parallelism's own numbers, is no input to it.
+        if kept_routes == [] and not is_intercepted(self.gate) and not torch.compiler.is_compiling():
+            kept_routes.append(indices)
         tokens = hidden_states.flatten(0, -2)
         shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
         # Adapters and quantisers put modules of their own in the experts' place.
         bare = type(self.experts) is DeepSeekR1Experts and not is_intercepted(self.experts)
         if bare and self.experts.runs_fused(tokens):
             added = (None if part is None else part.flatten(0, -2) for part in (residual, shared))
-            return self.experts.fused(tokens, indices, weights, *added).view(hidden_states.shape)
-        output = self.experts(tokens, indices, weights).view_as(hidden_states)
+            output = self.experts.fused(tokens, indices, weights, *added, recompute=self.recompute and self.training)
+            return output.view(hidden_states.shape)
+        if self.recompute:
+            output = computed_again(self, self.experts, tokens, indices, weights).view_as(hidden_states)
+        else:
+            output = self.experts(tokens, indices, weights).view_as(hidden_states)
         output = output if shared is None else output + shared
         return output if residual is None else residual + output

@@ -270,34 +270,43 @@ def fused_swiglu_packed(gate_up):
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight):
+    def forward(ctx, x, gate_weight, up_weight, down_weight, recompute):
         # One matrix product for both halves, also in the backward: copying two weights costs less than two products.
         weight = torch.cat((gate_weight, up_weight))
         gate_up = F.linear(x, weight)
-        ctx.save_for_backward(x, gate_up, weight, down_weight)
+        ctx.recompute = recompute
+        ctx.save_for_backward(x, down_weight, *((gate_weight, up_weight) if recompute else (weight, gate_up)))
         return F.linear(swiglu_forward(*gate_up.chunk(2, dim=-1)), down_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, gate_up, weight, down_weight = ctx.saved_tensors
-        needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
+        x, down_weight, *saved = ctx.saved_tensors
+        if ctx.recompute:
+            weight = torch.cat(saved)
+            gate_up = F.linear(x, weight)
+        else:
+            weight, gate_up = saved
+        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_down = grad.t() @ swiglu_forward(*gate_up.chunk(2, dim=-1)) if needs_down else None
         grad_gate_up = torch.empty_like(gate_up)
         swiglu_backward(grad @ down_weight, *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1))
-        del gate_up
+        del gate_up, saved
         grad_x = grad_gate_up @ weight if needs_x else None
         grad_gate = grad_up = None
         if needs_gate or needs_up:
             grad_gate, grad_up = (grad_gate_up.t() @ x).chunk(2)
-        return grad_x, grad_gate if needs_gate else None, grad_up if needs_up else None, grad_down
+        return grad_x, grad_gate if needs_gate else None, grad_up if needs_up else None, grad_down, None
 
 
-def fused_gated_mlp(x, gate_weight, up_weight, down_weight):
+def fused_gated_mlp(x, gate_weight, up_weight, down_weight, recompute=False):
     """down(silu(gate(x)) * up(x)) with all four tensors of one dtype. Source: arXiv:2002.05202, Eq. 6.
 
-    Saves x, gate and up and a copy of both weights; the gated product is made again in the backward.
+    Saves x, gate and up and a copy of both weights; the gated product is made again in the backward. With `recompute`
+    it saves x and the weights, for one matmul more in the backward.
     Shapes: x (T, D), gate_weight and up_weight (I, D), down_weight (D, I) -> (T, D).
     """
-    return _GatedMLP.apply(x.contiguous(), gate_weight, up_weight, down_weight)
+    if not torch.is_grad_enabled():  # copying the weights pays for long backward passes only, not for a few tokens
+        return F.linear(swiglu_forward(F.linear(x, gate_weight), F.linear(x, up_weight)), down_weight)
+    return _GatedMLP.apply(x.contiguous(), gate_weight, up_weight, down_weight, recompute)

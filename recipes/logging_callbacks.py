@@ -44,6 +44,7 @@ NAMES = {
     "tokens": "tokens",
     "tokens_per_second": "tok/s",
     "mfu": "mfu",
+    "gradient_megabytes": "gradient megabytes",
     "step_seconds": "step_seconds",
     "epoch": "epoch",
 }

@@ -202,7 +202,7 @@ def _update_rows(args, config, weight_width):
         fp16=args.fp16, ema_decay=0,
     )  # fmt: skip
     counts = SimpleNamespace(total=0, largest_layer=0)  # weights are counted elsewhere
-    checkpointing = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", None))
+    checkpointing = bool(args.gradient_checkpointing) or getattr(args, "activation_checkpointing", None) or False
     halved = bool(args.bf16 or args.fp16) or weight_width == 2
     size = memory_per_device(config, batch, checkpointing=checkpointing, parameters=counts, mixed=halved)["activations"]
     way_out = "lower max_completion_length"
@@ -211,6 +211,6 @@ def _update_rows(args, config, weight_width):
             f"lower per_device_train_batch_size={args.per_device_train_batch_size} and raise "
             "gradient_accumulation_steps by the same factor"
         )
-    elif not checkpointing:
+    elif checkpointing is not True:
         way_out = "set gradient_checkpointing=true"
     return [MemoryRow("activations of a micro-batch", size, TRAINING, way_out)]

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = ("auto", "torch", "fused", "muon")
 ADJUSTMENTS = ("original", "match_rms_adamw")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's, torch's default
+OWN_STATE = ("stochastic_rounding", "seed", "clip_factor", "options")  # beside torch's, of both optimizers
 MUON_ELEMENTS = 1 << 26  # of expert matrices orthogonalised at a time
 
 
@@ -113,10 +114,18 @@ class FusedAdamW(torch.optim.AdamW):
         """Another 31 bits for each (seed, step, parameter); the kernel hashes them with the place."""
         return (self.seed * 0x9E3779B1 + step * 0x85EBCA77 + number * 0xC2B2AE3D) & 0x7FFFFFFF
 
+    def __getstate__(self):
+        """For copies and pickles, from which torch leaves out what it does not know."""
+        own = {name: value for name, value in vars(self).items() if name in OWN_STATE}
+        return super().__getstate__() | own
+
     def load_state_dict(self, state_dict):
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("the checkpoint's AdamW has amsgrad=True, which optimizer=fused leaves out; use torch")
+        for name in ("amsgrad", "maximize"):
+            if any(group.get(name) for group in state_dict["param_groups"]):
+                raise ValueError(f"the checkpoint's AdamW has {name}=True, which optimizer=fused leaves out; use torch")
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["lr"] = float(group["lr"])  # a tensor where torch's AdamW was made with one
         for state in self.state.values():
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()

@@ -24,6 +24,7 @@ from recipes.logging_callbacks import RunLogCallback, SampleCallback
 from recipes.model_loading import build_config, build_model, load_tokenizer
 from recipes.pretrain_config import PretrainConfig, parse_config
 from recipes.pretrain_trainer import PretrainTrainer
+from recipes.process_start import watched
 from recipes.run_results import announce_run, finish_run
 from recipes.sizing import sizing_table
 
@@ -69,8 +70,9 @@ def run(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args)
     trainer = build_trainer(args, build_model(args, tokenizer), tokenizer)
-    trainer.train()
-    return finish_run(trainer)
+    with watched(trainer, trainer.resume_guard):
+        trainer.train()
+        return finish_run(trainer)
 
 
 def main(argv=None):

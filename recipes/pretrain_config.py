@@ -14,12 +14,13 @@ import yaml
 from transformers import CONFIG_MAPPING, TrainingArguments
 from trl import TrlParser
 
+from recipes.distributed_settings import DistributedSettings
 from recipes.optimizers import OptimizerSettings
 from recipes.run_settings import RunSettings, setting
 
 
 @dataclass
-class PretrainConfig(OptimizerSettings, RunSettings, TrainingArguments):
+class PretrainConfig(DistributedSettings, OptimizerSettings, RunSettings, TrainingArguments):
     """Everything of `transformers.TrainingArguments`, with the defaults of the DeepSeek papers, and the fields below.
 
     Raises:

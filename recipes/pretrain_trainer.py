@@ -7,6 +7,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from recipes.compression_trainer import CompressionMixin
 from recipes.data import bits_per_byte
 from recipes.expert_loads import ExpertLoadCounter
 from recipes.optimizers import OptimizerMixin
@@ -62,7 +63,7 @@ class RowsWithSources(Strided):
         return {**self.rows[row], "sources": torch.as_tensor(self.rows.sources_of(row)).long()}
 
 
-class PretrainTrainer(RecipeTrainerMixin, OptimizerMixin, Trainer):
+class PretrainTrainer(RecipeTrainerMixin, OptimizerMixin, CompressionMixin, Trainer):
     """`Trainer` for packed rows (recipes/packed_rows.py); loss, MTP loss and balance are the model's.
 
     `eval_dataset` is a `PackedRows` with its evaluation stride: every token is predicted once, and its
@@ -72,6 +73,11 @@ class PretrainTrainer(RecipeTrainerMixin, OptimizerMixin, Trainer):
     def __init__(self, model=None, args=None, train_dataset=None, **kwargs):
         if isinstance(train_dataset, IterableDataset):
             train_dataset = EndlessStream(train_dataset)
+        if args.activation_checkpointing == "selective" and not hasattr(model, "set_activation_checkpointing"):
+            raise ValueError(
+                f"activation_checkpointing=selective: {type(model).__name__} knows only the library's; use full, or a "
+                "deepseek_r1 model"
+            )
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self._take_over_label_smoothing()
         peak_flops, self.peak_source = device_peak_flops(args.device, args.device_peak_tflops)

@@ -31,6 +31,11 @@ TRAJECTORY_FIELDS = (
     "max_grad_norm", "label_smoothing_factor", "ema_decay", "bf16", "fp16", "train_sampling_strategy",
     "dataloader_drop_last", "ignore_data_skip",
 )  # fmt: skip
+# Of recipes/optimizers.py, where they act. FusedAdamW and torch's AdamW go on with each other's runs.
+MUON_FIELDS = ("muon_learning_rate", "muon_momentum", "muon_adjust_lr")
+COMPRESSION_FIELDS = (
+    "gradient_compression", "gradient_compression_start", "powersgd_rank", "top_k_fraction", "top_k_bits", "top_k_block",
+)  # fmt: skip
 LENGTH_FIELDS = ("max_steps", "num_train_epochs")
 OPEN_ENDED_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"}
 
@@ -41,6 +46,12 @@ def describe_run(trainer):
     training = {name: getattr(args, name) for name in TRAJECTORY_FIELDS if hasattr(args, name)}
     if getattr(args, "streaming", False):
         training |= {"dataloader_num_workers": args.dataloader_num_workers}
+    if getattr(args, "optimizer", None) == "muon":
+        training |= {"optimizer": "muon"} | {name: getattr(args, name) for name in MUON_FIELDS}
+    if getattr(args, "gradient_compression", "none") != "none":
+        training |= {name: getattr(args, name) for name in COMPRESSION_FIELDS}
+    if getattr(args, "stochastic_rounding", False):
+        training |= {"stochastic_rounding": True}
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     looks_ahead = schedule not in OPEN_ENDED_SCHEDULES or 0 < args.warmup_steps < 1
     if looks_ahead:

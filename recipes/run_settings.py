@@ -25,18 +25,39 @@ def has_bf16(args):
     return not args.use_cpu and not args.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
+def checkpointing_mode(value):
+    """What `activation_checkpointing` may say -> False, True (which is what the library calls full) or "selective".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    known = {"none": False, "false": False, "selective": "selective", "full": True, "true": True}
+    if str(value).lower() not in known:
+        raise ValueError(f"activation_checkpointing={value!r} must be none, selective or full")
+    return known[str(value).lower()]
+
+
 @dataclass
 class RunSettings:
     """Put before `transformers.TrainingArguments` (or a config of TRL's) in the list of bases.
 
     Raises:
-        ValueError: for an unknown `weights_dtype`.
+        ValueError: for an unknown `weights_dtype` or `activation_checkpointing`.
     """
 
     weights_dtype: str = setting(
         "float32",
         "float32 (master weights; bf16 or fp16 compute through bf16/fp16) or bfloat16 (pure, half the memory).",
     )
+    activation_checkpointing: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the backward pass computes again, to save memory: none, selective (the inside of "
+            "experts and MLPs) or full, also true (whole layers, but for the routers' choices). Default: "
+            "gradient_checkpointing, whose true is full.",
+            "nargs": "?", "const": "full",
+        },
+    )  # fmt: skip
     label_smoothing_factor: float = setting(
         0.0, "Label smoothing inside the model's own loss (its config field label_smoothing)."
     )
@@ -73,7 +94,24 @@ class RunSettings:
             self.dataloader_pin_memory = False
         elif self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}  # else each batch's copy waits for the whole last step
+        if self.activation_checkpointing == "full" and isinstance(self.activation_checkpointing_kwargs, dict):
+            self.activation_checkpointing_kwargs.pop("mode", None)  # said in the config of a run that was selective
+        if self.activation_checkpointing is not None:  # else the library looks at its older name
+            self.activation_checkpointing = checkpointing_mode(self.activation_checkpointing)
+        if self.activation_checkpointing == "selective":
+            self._check_selective()
         super().__post_init__()  # that of the library's config, next in the order of bases
+
+    def _check_selective(self):
+        """Puts the mode where trainers hand it to `model.activation_checkpointing_enable`."""
+        given = from_json("activation_checkpointing_kwargs", self.activation_checkpointing_kwargs) or {}
+        others = {name: value for name, value in given.items() if (name, value) != ("mode", "selective")}
+        if others:
+            raise ValueError(
+                f"activation_checkpointing_kwargs={others} have no effect with activation_checkpointing=selective; "
+                "leave them out, or set full"
+            )
+        self.activation_checkpointing_kwargs = {"mode": "selective"}
 
     def __copy__(self):
         twin = object.__new__(type(self))

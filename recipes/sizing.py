@@ -23,6 +23,14 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipes.activation_memory import (
+    activation_bytes,
+    counts_exactly,
+    layer_kinds,
+    loss_bytes,
+    packed_weight_bytes,
+)
+
 GIB = 2**30
 LOSS_CHUNK_TOKENS = 1024
 USABLE_SHARE = 0.92  # of a device's memory: CUDA context, fragmentation
@@ -34,9 +42,10 @@ DEVICE_PEAKS = {
 ASSUMPTIONS = (
     "AdamW with two states and gradients in the weights' dtype; bf16/fp16 mixed precision keeps fp32 "
     "weights and one 2-byte copy; attention that never stores scores (flash/cuDNN); saved per layer: "
-    "norm inputs and outputs, projections, gate/up/product of every expert a token visits; with "
-    f"activation checkpointing one residual per layer and one whole layer; the loss in chunks of "
-    f"{LOSS_CHUNK_TOKENS} tokens; fully sharded: states divided by the devices, two layers gathered; "
+    "what the fused functions of our model keep (recipes/activation_memory.py), or for other models norm inputs and "
+    "outputs, projections, gate/up/product of every expert a token visits; with "
+    "activation checkpointing one residual per layer and one whole layer; the loss in chunks; "
+    "fully sharded: states divided by the devices, two layers gathered; "
     f"{USABLE_SHARE:.0%} of a device usable"
 )
 
@@ -59,7 +68,8 @@ def _text_config(config):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _meta_model(config):
+def meta_model(config):
+    """The causal language model of a config, without weights in memory."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -72,7 +82,7 @@ def _expert_share(config):
 
 def _count(config):
     """(total, active, matmul, embedding, head) of one model."""
-    model, share = _meta_model(config), _expert_share(_text_config(config))
+    model, share = meta_model(config), _expert_share(_text_config(config))
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     total = active = matmul = 0
@@ -96,7 +106,7 @@ def count_parameters(config):
         plain = copy.deepcopy(config)
         _text_config(plain).num_nextn_predict_layers = 0
         without = _count(plain)
-    layers = _meta_model(config).base_model.layers
+    layers = meta_model(config).base_model.layers
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     mtp = total - without[0]
     return Parameters(
@@ -145,36 +155,33 @@ def _layer_activations(config, sparse):
     return attention + 2 * hidden + routed + 3 * inner * (config.n_shared_experts or 0)
 
 
-def _layer_kinds(config):
-    """[sparse?] per layer, MTP blocks included."""
-    count = config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", 0) or 0)
-    if not getattr(config, "n_routed_experts", None):
-        return [False] * count
-    every = getattr(config, "moe_layer_freq", 1) or 1
-    return [i >= config.first_k_dense_replace and i % every == 0 for i in range(count)]
-
-
 def memory_per_device(config, args, devices=1, sharded=False, checkpointing=None, parameters=None, mixed=None):
     """{"weights", "gradients", "optimizer", "ema", "activations", "total"} in bytes, for one device.
 
     None: as `args` says; `mixed` means bf16 or fp16 compute on fp32 weights.
     """
     parameters, text = parameters or count_parameters(config), _text_config(config)
-    checkpointing = bool(args.activation_checkpointing) if checkpointing is None else checkpointing
+    checkpointing = args.activation_checkpointing if checkpointing is None else checkpointing
     mixed = args.bf16 or args.fp16 if mixed is None else mixed
     width = 2 if mixed else 4
     share = 1 / devices if sharded else 1.0
     gathered = 2 * parameters.largest_layer * width if sharded else 0
-    per_layer = [_layer_activations(text, sparse) for sparse in _layer_kinds(text)]
-    saved = len(per_layer) * text.hidden_size + max(per_layer) if checkpointing else sum(per_layer)
     tokens = args.per_device_train_batch_size * args.sequence_length
-    loss = 2 * min(tokens, LOSS_CHUNK_TOKENS) * text.vocab_size * 4 + 2 * tokens * text.hidden_size * width
+    if counts_exactly(text):
+        residual = width if sharded else 4  # what is gathered in 16 bits takes its inputs so, too
+        activations = activation_bytes(text, tokens, width, residual, checkpointing)
+        activations += packed_weight_bytes(text, width, checkpointing) + loss_bytes(text, tokens, width)
+    else:
+        per_layer = [_layer_activations(text, sparse) for sparse in layer_kinds(text)]
+        saved = len(per_layer) * text.hidden_size + max(per_layer) if checkpointing is True else sum(per_layer)
+        loss = 2 * min(tokens, LOSS_CHUNK_TOKENS) * text.vocab_size * 4 + 2 * tokens * text.hidden_size * width
+        activations = tokens * saved * width + loss
     memory = {
         "weights": (4 + (2 if mixed else 0)) * parameters.total * share + gathered,
         "gradients": 4 * parameters.total * share,
         "optimizer": 8 * parameters.total * share,
         "ema": 4 * parameters.total * share if getattr(args, "ema_decay", 0) else 0,
-        "activations": tokens * saved * width + loss,
+        "activations": activations,
     }
     return {name: int(value) for name, value in memory.items()} | {"total": int(sum(memory.values()))}
 
@@ -251,7 +258,7 @@ def layouts(config, args, parameters):
     if count > 1:
         names += [(f"ddp x{count}", count, False, None), (f"fsdp2 x{count}", count, True, None)]
         names += [(f"fsdp2 x{count} + activation checkpointing", count, True, True)]
-    elif not args.activation_checkpointing:
+    elif args.activation_checkpointing is not True:
         names += [(f"one {args.device.type} + activation checkpointing", 1, False, True)]
     usable = device_memory(args.device) * USABLE_SHARE
     rows = [(n, memory_per_device(config, args, d, s, c, parameters)) for n, d, s, c in names]

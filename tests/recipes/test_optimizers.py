@@ -212,8 +212,9 @@ def test_what_is_refused():
     weight = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="lr is a tensor"):
         FusedAdamW([weight], lr=torch.tensor(0.1))
-    with pytest.raises(ValueError, match="amsgrad"):
-        FusedAdamW([weight]).load_state_dict(torch.optim.AdamW([weight], amsgrad=True).state_dict())
+    for name in ("amsgrad", "maximize"):
+        with pytest.raises(ValueError, match=name):
+            FusedAdamW([weight]).load_state_dict(torch.optim.AdamW([weight], **{name: True}).state_dict())
     with pytest.raises(ValueError, match="muon_adjust_lr='x'"):
         MuonAdamW([weight], adjust_lr_fn="x")
     with pytest.raises(ValueError, match="muon_momentum=1.0"):
@@ -295,3 +296,16 @@ def test_schedules_scale_every_group():
         run_steps(optimizer, weights, 1, 1.0)
         schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.005])
+
+
+def test_copies_and_foreign_rates_go_on_stepping():
+    weight = nn.Parameter(torch.ones(4, device=DEVICE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = FusedAdamW([weight], lr=0.5)
+    optimizer.load_state_dict(torch.optim.AdamW([weight], lr=torch.tensor(0.25)).state_dict())
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        each.param_groups[0]["params"][0].grad = torch.ones_like(weight)
+        each.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25 and weight[0] < 0.8
+    assert torch.equal(twin.param_groups[0]["params"][0], weight)

@@ -96,3 +96,24 @@ def test_groups_of_muon(tmp_path):
                         "model.layers.2.mlp.gate.weight"]  # fmt: skip
     assert all("norm" in name for name in found[4])
     assert any(name.endswith("eh_proj.weight") for name in found[0])
+
+
+def test_resuming_names_a_changed_muon(tmp_path):
+    """Its momentum is not in the checkpoint and its rate is: a change would act in part, or not at all."""
+    options = {"optimizer": "muon", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train(tmp_path, **options, muon_momentum=0.9)
+    with pytest.raises(ValueError, match="muon_momentum: 0.9 -> 0.95"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options)
+    with pytest.raises(ValueError, match='optimizer: "muon" -> "\\(not set\\)"'):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **(options | {"optimizer": "fused"}))
+
+
+def test_resuming_goes_from_torchs_adamw_to_ours_and_back(tmp_path):
+    """The same trajectory up to rounding: `auto` chooses by the machine."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = train(tmp_path / "torch", optimizer="torch", **options)
+    train(tmp_path / "fused", optimizer="fused", **options)
+    for first, second in (("torch", "fused"), ("fused", "torch")):
+        resumed = train(tmp_path / f"to_{second}", str(tmp_path / first / "checkpoint-2"), optimizer=second, **options)
+        losses = [[loss for _, loss in each] for each in (resumed.records, whole.records[2:])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -163,6 +163,28 @@ def test_a_stream_with_more_workers_than_shards_says_so(texts, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_that_start_differently_are_refused(texts, tmp_path):
+    """Rank 1 has another rate: both end before step 1, naming the field and both values."""
+    script = tmp_path / "start.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(SCRIPT.parents[1])!r})
+from recipes import pretrain
+try:
+    pretrain.main(sys.argv[1:] + ["--learning_rate", "1e-3" if os.environ["RANK"] == "1" else "2e-3"])
+except ValueError as error:
+    print("rank", os.environ["RANK"], error, flush=True)
+    sys.exit(3)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += arguments(texts, tmp_path / "two", "--per_device_train_batch_size", "2")
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode != 0 and "learning_rate: 0.001 on rank 1, 0.002 on rank 0" in run.stdout, run.stderr[-2000:]
+    assert not (tmp_path / "two" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_two_processes_train_like_one(texts, tmp_path, streaming):
     """The same global batch: equal losses, load and bits per byte to fp32 rounding, documents kept apart."""

@@ -1,0 +1,75 @@
+"""Activation checkpointing where the fused kernels run: the step to the bit, and what it keeps.
+
+On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
+"""
+
+import os
+
+import pytest
+import torch
+
+from modeling_deepseek_r1.fused import set_fused_kernels
+from modeling_deepseek_r1.training_blocks import fused_gated_mlp
+
+from .helpers import random_ids, tiny_model
+from .test_activation_checkpointing import MODES, step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+def test_in_the_interpreter(interpreted):
+    interpreted(__file__)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = set_fused_kernels(None)
+    yield
+    set_fused_kernels(before)
+
+
+@runs_kernels
+def test_kernel_gated_mlp_keeps_its_inputs_only():
+    torch.manual_seed(0)
+    shapes = (5, 16), (24, 16), (24, 16), (16, 24)
+    inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    results = []
+    for recompute in (False, True):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            output = fused_gated_mlp(*inputs, recompute)
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+        own = {tensor.data_ptr() for tensor in inputs}
+        assert {tensor.data_ptr() for tensor in saved} <= own if recompute else len(saved) == 4
+    assert all(torch.equal(first, second) for first, second in zip(*results))
+    output = fused_gated_mlp(inputs[0].detach(), *(weight.detach() for weight in inputs[1:3]), inputs[3], True)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), inputs[3])[0], results[0][-1])
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", MODES)
+def test_kernel_step_is_the_same_to_the_bit(mode):
+    """bf16 compute on fp32 weights; the bias moves between the passes."""
+    set_fused_kernels(True)
+    # The interpreter takes milliseconds a row of a layer.
+    sizes = {} if DEVICE == "cuda" else {"num_hidden_layers": 2}
+    model = tiny_model(implementation="sdpa", seq_aux_loss_alpha=0.1, **sizes).to(DEVICE)
+    ids = random_ids(2, 6).to(DEVICE)
+    biases = [router.e_score_correction_bias for router in model.routers.values()]
+    values = [bias.clone() for bias in biases]
+    results = []
+    for arguments in ({"mode": "none"}, MODES[mode]):
+        model.set_activation_checkpointing(**arguments)
+        for bias, value in zip(biases, values):
+            bias.copy_(value)
+        assert model.model.layers[1].mlp.experts.runs_fused(ids.float()) is False  # fp32 is not what is tested
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert model.model.layers[1].mlp.experts.runs_fused(ids.float())
+            results.append(step(model, ids, lambda: [bias.neg_() for bias in biases]))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(results[1][1][name], gradient), name
+    assert all(torch.equal(counts, results[1][2][layer]) for layer, counts in results[0][2].items())
