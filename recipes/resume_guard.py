@@ -34,7 +34,8 @@ TRAJECTORY_FIELDS = (
 # Of recipes/optimizers.py, where they act. FusedAdamW and torch's AdamW go on with each other's runs.
 MUON_FIELDS = ("muon_learning_rate", "muon_momentum", "muon_adjust_lr")
 COMPRESSION_FIELDS = (
-    "gradient_compression", "gradient_compression_start", "powersgd_rank", "top_k_fraction", "top_k_bits", "top_k_block",
+    "gradient_compression", "gradient_compression_start", "powersgd_rank", "top_k_fraction", "top_k_bits",
+    "top_k_block",
 )  # fmt: skip
 LENGTH_FIELDS = ("max_steps", "num_train_epochs")
 OPEN_ENDED_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"}
