@@ -207,6 +207,7 @@ def run_scripted(start, output_dir, **changes):
     return {"weights": weights(trainer.accelerator.unwrap_model(trainer.model)), "curve": curve(trainer)}, trainer
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_the_doubled_batch(start, tmp_path):
     """Over gloo, in micro-batches, against one process and one batch: biases equal, floats to the order of sums."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

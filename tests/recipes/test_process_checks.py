@@ -120,11 +120,13 @@ def found(tmp_path_factory):
     return [json.loads(path.read_text()) for path in results], texts, codes, ended
 
 
+@pytest.mark.slow
 def test_ranks_that_agree_go_on(found):
     assert [results["alike"][0] for results in found[0]] == [None, None]
     assert [results["equal batches"][::2] for results in found[0]] == [[None, [0, 1, 2]]] * 2
 
 
+@pytest.mark.slow
 def test_every_rank_hears_what_differs(found):
     messages = [results["different"][0] for results in found[0]]
     assert messages[0] == messages[1] and messages[0].startswith("ProcessMismatchError: the processes of this run")
@@ -136,12 +138,14 @@ def test_every_rank_hears_what_differs(found):
     assert max(results["different"][1] for results in found[0]) < 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(found):
     message, seconds = found[0][0]["absent"]
     assert "rank 1 of 2 did not come to the start of the run within 0.3 s" in message
     assert seconds < 5
 
 
+@pytest.mark.slow
 def test_unequal_numbers_of_batches_are_found_before_the_step(found):
     for results in found[0]:
         message, seconds, seen = results["unequal batches"]
@@ -149,6 +153,7 @@ def test_unequal_numbers_of_batches_are_found_before_the_step(found):
         assert seconds < 10
 
 
+@pytest.mark.slow
 def test_a_wait_says_which_rank_waits_for_what(found):
     (first, second), texts, _, _ = found
     message, seconds = first["stall"]
@@ -162,6 +167,7 @@ def test_a_wait_says_which_rank_waits_for_what(found):
     assert "time.sleep(WAIT_S + 1.5)" in texts[1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_ends_the_other(found):
     (first, _), texts, codes, ended = found
     assert codes == [DEAD_RANK_EXIT, -signal.SIGKILL]
