@@ -3,8 +3,6 @@
 On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
-import os
-
 import pytest
 import torch
 
@@ -12,23 +10,13 @@ from modeling_deepseek_r1.fused import set_fused_kernels
 from modeling_deepseek_r1.training_blocks import fused_gated_mlp
 
 from .helpers import random_ids, tiny_model
+from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels, switch_restored  # noqa: F401  (the fixture acts by being here)
 from .test_activation_checkpointing import MODES, step
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter")
 
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+@runs_elsewhere
 def test_in_the_interpreter(interpreted):
     interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    before = set_fused_kernels(None)
-    yield
-    set_fused_kernels(before)
 
 
 @runs_kernels

@@ -3,8 +3,6 @@
 On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
-import os
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,10 +11,7 @@ from modeling_deepseek_r1.documents import find_documents
 from modeling_deepseek_r1.fused import runs_fused, set_fused_kernels
 
 from .helpers import tiny_model
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter")
+from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels, switch_restored  # noqa: F401  (the fixture acts by being here)
 
 # The interpreter takes milliseconds a row of a layer: there one dense and one MoE layer and short rows.
 LENGTH, SIZES = (21, {}) if DEVICE == "cuda" else (9, {"num_hidden_layers": 2})
@@ -29,16 +24,9 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+@runs_elsewhere
 def test_in_the_interpreter(interpreted):
     interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    before = set_fused_kernels(None)
-    yield
-    set_fused_kernels(before)
 
 
 def step(model, fused, autocast, ids, **inputs):

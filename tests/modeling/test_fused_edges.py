@@ -1,6 +1,5 @@
 """The fused training path where something else has a say: several GPUs, hooks, no gradients, context parallelism."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -21,22 +20,12 @@ from modeling_deepseek_r1.fused import set_fused_kernels
 from modeling_deepseek_r1.moe import DeepSeekR1MLP
 
 from .helpers import tiny_config, tiny_model
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter")
+from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels, switch_restored  # noqa: F401  (the fixture acts by being here)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+@runs_elsewhere
 def test_in_the_interpreter(interpreted):
     interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    before = set_fused_kernels(None)
-    yield
-    set_fused_kernels(before)
 
 
 class Watched:
