@@ -14,7 +14,6 @@ from .training_experts import fused_experts, sort_pairs
 
 # The library's experts functions, with our own under the name the library picks by default.
 EXPERTS = ExpertsInterface()
-SILU = type(ACT2FN["silu"])
 
 
 def compute_dtype(tensor):
@@ -60,7 +59,7 @@ class DeepSeekR1Experts(nn.Module):
         return (
             runs_fused(hidden_states, self.gate_up_proj, self.down_proj)
             and compute_dtype(hidden_states) == torch.bfloat16
-            and type(self.act_fn) is SILU
+            and is_silu(self.act_fn)
             and self.config._experts_implementation == "grouped_mm"
             and self.hidden_dim % 8 == self.intermediate_dim % 8 == 0
         )

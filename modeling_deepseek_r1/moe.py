@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .experts import SILU, DeepSeekR1Experts, compute_dtype
+from .experts import DeepSeekR1Experts, compute_dtype
 from .fused import runs_fused
 from .linear_weights import is_intercepted, is_plain
 from .recomputation import computed_again
 from .routing import ROUTERS
 from .training_blocks import fused_gated_mlp
+from .training_cpu import is_silu
 
 
 class DeepSeekR1MLP(nn.Module):
@@ -48,7 +49,7 @@ class DeepSeekR1MLP(nn.Module):
     def runs_fused(self, hidden_states):
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         return (
-            type(self.act_fn) is SILU
+            is_silu(self.act_fn)
             and all(is_plain(linear) for linear in linears)
             and runs_fused(hidden_states, *(linear.weight for linear in linears))
         )
