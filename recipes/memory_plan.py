@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from recipes.eval_tables import aligned
+from recipes.optimizers import muon_kinds
 from recipes.rl_setup import causal_lm
 from recipes.router_replay import bytes_per_token
 from recipes.sizing import GIB, USABLE_SHARE, device_memory, memory_per_device
@@ -107,6 +108,13 @@ def _optimizer_bytes(name, trained):
     return sum(2 * count * width for count, width in trained)
 
 
+def _muon_bytes(model):
+    """Of one state a value in Muon's matrices, two in what AdamW trains."""
+    kinds, named = muon_kinds(model), dict(model.named_parameters())
+    return sum((2 if kind == "adamw" else 1) * named[name].numel() * named[name].element_size()
+               for name, kind in kinds.items())  # fmt: skip
+
+
 def cache_bytes_per_token(config, width):
     """Bytes that generation keeps a token: latents (our models), or keys and values, of all layers."""
     if config.model_type == "deepseek_r1" and config.kv_lora_rank:
@@ -155,8 +163,11 @@ def memory_plan(args, policy, reference=None, rewards=(), limit=None):
         copied = sum(count * size for count, size in trained)
         rows.append(MemoryRow("gradients in buckets (DDP)", copied, TRAINING, "set lora_rank"))
     name = str(getattr(args.optim, "value", args.optim))
+    states = _optimizer_bytes(name, trained)
+    if getattr(args, "optimizer", None) == "muon":
+        name, states = "muon", _muon_bytes(policy)
     rows.append(
-        MemoryRow(f"optimizer ({name})", _optimizer_bytes(name, trained) // shards, ALWAYS, "set lora_rank, or "
+        MemoryRow(f"optimizer ({name})", states // shards, ALWAYS, "set lora_rank, or "
                   "optim=adafactor")
     )  # fmt: skip
     if getattr(args, "ema_decay", 0):

@@ -223,9 +223,11 @@ def decay_groups(model, decay_names, weight_decay):
     ]
 
 
-def muon_groups(model, decay_names, weight_decay, learning_rate):
-    """`decay_groups` of what AdamW trains: embeddings, head, norms, router. Before them the matrices for Muon: those
-    of linear layers, of experts, and gate and up of experts, which lie in one tensor."""
+def muon_kinds(model):
+    """{name of a trainable parameter: "matrix", "experts", "gate and up" (of experts, in one tensor) or "adamw"}.
+
+    Muon's are the matrices of linear layers (of adapters too) and of experts; AdamW's embeddings, heads, norms, router.
+    """
     ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     apart = {id(module.weight) for module in ends if getattr(module, "weight", None) is not None}
@@ -233,17 +235,23 @@ def muon_groups(model, decay_names, weight_decay, learning_rate):
     def kind(name, p):
         if p.ndim == 3 and "experts" in name:
             return "gate and up" if name.endswith("gate_up_proj") else "experts"
-        return "matrix" if p.ndim == 2 and id(p) not in apart and not name.endswith(".gate.weight") else "adamw"
+        matrix = p.ndim == 2 and min(p.shape) > 1  # a head for one value is a vector
+        return "matrix" if matrix and id(p) not in apart and not name.endswith(".gate.weight") else "adamw"
 
-    kinds = {name: kind(name, p) for name, p in model.named_parameters() if p.requires_grad}
-    named = dict(model.named_parameters())
+    return {name: kind(name, p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def muon_groups(model, decay_names, weight_decay, learning_rate):
+    """Groups of Muon's matrices by `muon_kinds`, then `decay_groups` of what AdamW trains."""
+    kinds, named = muon_kinds(model), dict(model.named_parameters())
     groups = [
         {"params": [named[name] for name in kinds if kinds[name] == wanted], "weight_decay": weight_decay,
          "lr": learning_rate, "muon": True, "stacked": 2 if wanted == "gate and up" else 1}
         for wanted in ("matrix", "experts", "gate and up")
     ]  # fmt: skip
-    rest = [{**group, "params": [p for p in group["params"] if id(p) in {id(named[n]) for n in kinds
-             if kinds[n] == "adamw"}]} for group in decay_groups(model, decay_names, weight_decay)]  # fmt: skip
+    of_adamw = {id(named[name]) for name in kinds if kinds[name] == "adamw"}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) in of_adamw]}
+            for group in decay_groups(model, decay_names, weight_decay)]  # fmt: skip
     return [group for group in groups + rest if group["params"]]
 
 

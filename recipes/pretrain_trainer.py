@@ -10,7 +10,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipes.compression_trainer import CompressionMixin
 from recipes.data import bits_per_byte
 from recipes.expert_loads import ExpertLoadCounter
-from recipes.optimizers import OptimizerMixin
 from recipes.recipe_trainer import RecipeTrainerMixin, Strided
 from recipes.row_order import RowOrder
 from recipes.sizing import device_peak_flops, flops_per_token
@@ -63,7 +62,7 @@ class RowsWithSources(Strided):
         return {**self.rows[row], "sources": torch.as_tensor(self.rows.sources_of(row)).long()}
 
 
-class PretrainTrainer(RecipeTrainerMixin, OptimizerMixin, CompressionMixin, Trainer):
+class PretrainTrainer(RecipeTrainerMixin, CompressionMixin, Trainer):
     """`Trainer` for packed rows (recipes/packed_rows.py); loss, MTP loss and balance are the model's.
 
     `eval_dataset` is a `PackedRows` with its evaluation stride: every token is predicted once, and its

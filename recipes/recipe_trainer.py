@@ -1,4 +1,4 @@
-"""What the trainers of all stages share: safe checkpoints, speed without warm-up, MTP and expert-load metrics."""
+"""What the trainers of all stages share: optimizers, safe checkpoints, speed without warm-up, MTP and load metrics."""
 
 import contextlib
 import math
@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from recipes.checkpoints import CheckpointMixin
 from recipes.hub_push import HubPushMixin
+from recipes.optimizers import OptimizerMixin
 
 
 class SpeedMeter:
@@ -74,7 +75,7 @@ class Strided(Dataset):
         return self.rows[self.indices[index]]
 
 
-class RecipeTrainerMixin(HubPushMixin, CheckpointMixin):
+class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
     """Put before `transformers.Trainer` or one of TRL's trainers in the list of bases.
 
     A subclass calls `start_metering(flops_per_token)` at the end of its `__init__`, says how to count the tokens of a

@@ -6,6 +6,7 @@ import torch
 
 from recipes.adapters import LORA_GROUPS
 from recipes.evaluation import EvaluationSettings
+from recipes.optimizers import OptimizerSettings
 from recipes.run_settings import setting
 from recipes.sampling import SamplingSettings
 
@@ -18,7 +19,7 @@ def check_rules(args, rules):
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(OptimizerSettings):
     """Weights, tokenizer and template that a stage starts from; how it is optimised."""
 
     model_name_or_path: str | None = setting(

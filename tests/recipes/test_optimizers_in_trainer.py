@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from recipes.optimizers import FusedAdamW, MuonAdamW, muon_groups
+from recipes.optimizers import FusedAdamW, MuonAdamW, muon_groups, muon_kinds
 from recipes.packed_rows import PackingCollator
 from recipes.pretrain_config import PretrainConfig
 from recipes.pretrain_trainer import PretrainTrainer
-from tests.recipes.tiny_run import RandomRows, tiny_config, tiny_model
+from tests.recipes.tiny_run import SIZES, RandomRows, tiny_config, tiny_model
 
 
 class Recorder(PretrainTrainer):
@@ -96,6 +96,8 @@ def test_groups_of_muon(tmp_path):
                         "model.layers.2.mlp.gate.weight"]  # fmt: skip
     assert all("norm" in name for name in found[4])
     assert any(name.endswith("eh_proj.weight") for name in found[0])
+    scored = torch.nn.ModuleDict({"trunk": model.model, "score": torch.nn.Linear(SIZES["hidden_size"], 1)})
+    assert muon_kinds(scored)["score.weight"] == "adamw"  # a head for one value is a vector
 
 
 def test_resuming_names_a_changed_muon(tmp_path):

@@ -69,10 +69,13 @@ def test_memory_follows_the_settings():
     assert size(cache, generation_batch_size=64) == 2 * size(cache) == 2 * size(cache, generation_batch_size=64,
                                                                                world_size=2)  # fmt: skip
     assert size("optimizer (adafactor)", optim="adafactor") < size("gradients") / 10
+    muon = size("optimizer (muon)", optimizer="muon")  # one state of matrices, two of the rest
+    assert size("optimizer (adamw_torch)") / 2 < muon < size("optimizer (adamw_torch)")
     assert size("16-bit copy of the weights", bf16=True) == size("gradients") / 2
     policy.requires_grad_(False)
     policy.lm_head.requires_grad_(True)
     assert size("gradients") == 4 * 64 * 32 and size("optimizer (adamw_torch)") == 8 * 64 * 32
+    assert size("optimizer (muon)", optimizer="muon") == 8 * 64 * 32  # a head is AdamW's
 
 
 def test_the_cache_of_other_models():

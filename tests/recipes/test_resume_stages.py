@@ -27,13 +27,15 @@ CASES = {  # stage, options, after which steps the run stops
     # two micro-batches a step, noise on the embeddings; the second epoch; an interval of the log across a checkpoint
     "sft": ("sft", ("--gradient_accumulation_steps", "2", "--neftune_noise_alpha", "5", "--packing", "false",
                     "--logging_steps", "2", *BEST, "loss", "--greater_is_better", "true"), (4, 7)),
-    "sft, adapters": ("sft", (*LORA, *BEST, "loss", "--greater_is_better", "true"), (5,)),
+    "sft, adapters": ("sft", (*LORA, "--optimizer", "muon", *BEST, "loss", "--greater_is_better", "true"), (5,)),
     # checkpoint-6 is at the end of an epoch
-    "reward": ("reward", ("--per_device_train_batch_size", "6", "--logging_steps", "2", *BEST, "accuracy"), (4, 7)),
+    "reward": ("reward", ("--per_device_train_batch_size", "6", "--logging_steps", "2", "--optimizer", "muon", *BEST,
+                          "accuracy"), (4, 7)),
     "reward, adapters": ("reward", (*LORA, *BEST, "accuracy"), (5,)),
     "process": ("process", (*BEST, "loss", "--greater_is_better", "true"), (5,)),
     # rollouts of four steps, two an epoch: stopped in the middle of one, and in the second epoch
-    "ppo": ("ppo", ("--validation_fraction", "0.6", "--max_steps", "10", "--kl_target", "0.01", "--logging_steps", "2",
+    "ppo": ("ppo", ("--optimizer", "muon", "--value_learning_rate", "2e-2", "--validation_fraction", "0.6",
+                    "--max_steps", "10", "--kl_target", "0.01", "--logging_steps", "2",
                     *BEST, "reward", "--greater_is_better", "true"), (3, 9)),
     # between two rollouts
     "ppo, adapters": ("ppo", (*LORA, "--ema_decay", "0.9", "--save_steps", "4", "--eval_steps", "4",
