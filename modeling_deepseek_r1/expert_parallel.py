@@ -53,7 +53,8 @@ from .training_experts import KERNELS, sort_pairs
 class Route:
     """Where the rows of one layer's tokens go. Shapes (T tokens, W processes): back (T, W) int32, the place of token
     t's row for process w among the S rows sent, S or more if there is none; order (S,) int32 the entries t * W + w by
-    place; ends (W,) int32 ends of the processes' runs. `sent`, `received`: rows to and from each process.
+    place; ends (W,) int32 ends of the processes' runs. `sent`, `received`: rows to and from each process; `pairs`:
+    (token, choice) pairs of this process' experts among those received.
 
     `pending`: the exchanges under way, each with the tensor that is being read until it ends; `gradients`: of what was
     sent, on their way back, from `_Arrive` to `_Dispatch`.
@@ -65,6 +66,7 @@ class Route:
     ends: torch.Tensor
     sent: list
     received: list
+    pairs: int | None = None
     pending: list = field(default_factory=list)
     gradients: tuple = ()
 
@@ -92,13 +94,13 @@ def plan_route(owners, group):
     """owners (T, K), the process in `group` that holds each choice -> Route. Waits for the device and the others."""
     size = dist.get_world_size(group)
     ranks = torch.arange(size, device=owners.device)
-    present = (owners.unsqueeze(-1) == ranks).any(1)
-    order, back, ends = sort_pairs(torch.where(present, ranks, size), size)
-    sent = ends.diff(prepend=ends.new_zeros(1))
+    chosen = owners.unsqueeze(-1) == ranks
+    order, back, ends = sort_pairs(torch.where(chosen.any(1), ranks, size), size)
+    sent = torch.stack((ends.diff(prepend=ends.new_zeros(1)), chosen.sum((0, 1), dtype=torch.int32)), -1)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    sent, received = torch.stack((sent, received)).tolist()
-    return Route(group, order[: sum(sent)], back.view(-1, size), ends, sent, received)
+    (sent, _), (received, pairs) = torch.stack((sent, received)).transpose(1, 2).tolist()
+    return Route(group, order[: sum(sent)], back.view(-1, size), ends, sent, received, sum(pairs))
 
 
 def _take_rows(source, route, dtype):
@@ -128,16 +130,20 @@ def _add_rows(rows, route, dtype, residual=None, shared=None):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Starts to send hidden (T, D) and weights (T, K) -> rows (R, D) and weights (R, K), not to be read before
-    `_Arrive`. Its backward waits for the gradients, which come by way of `route`: their number of rows is another than
-    that of what they are gradients of, and autograd would refuse them."""
+    """Starts to send hidden (T, D), weights and index (T, K) -> rows (R, D), weights (R, K) float32 and index (R, K)
+    int32, not to be read before `_Arrive`. Its backward waits for the gradients, which come by way of `route`: their
+    number of rows is another than that of what they are gradients of, and autograd would refuse them."""
 
     @staticmethod
-    def forward(ctx, hidden, weights, owners, route, dtype):
+    def forward(ctx, hidden, weights, index, owners, route, dtype):
         ctx.route, ctx.dtypes = route, (hidden.dtype, weights.dtype)
         ctx.save_for_backward(owners)
         rows = route.start(_take_rows(hidden, route, dtype))
-        return rows, route.start(weights.float().index_select(0, route.order // route.back.shape[1]))
+        choices = torch.cat((index.int(), weights.float().view(torch.int32)), -1)  # in one exchange: they are small
+        choices = route.start(choices.index_select(0, route.order // route.back.shape[1]))
+        index, weights = choices.chunk(2, -1)
+        ctx.mark_non_differentiable(index)
+        return rows, weights.view(torch.float32), index
 
     @staticmethod
     @once_differentiable
@@ -152,7 +158,7 @@ class _Dispatch(torch.autograd.Function):
         # A gate value acts only where its expert is: one row of gradients holds it, nothing is summed.
         places = route.back.gather(1, owners).long()
         choice = torch.arange(owners.shape[1], device=owners.device)
-        return grad_hidden, grad_weights[places, choice].to(weights_dtype), None, None, None
+        return grad_hidden, grad_weights[places, choice].to(weights_dtype), None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -163,7 +169,7 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx, rows, weights, route):
         ctx.route = route
         route.finish()
-        return rows.view_as(rows), weights.view_as(weights)
+        return rows.view_as(rows), weights.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -222,24 +228,21 @@ class ExpertParallelExperts(DeepSeekR1Experts):
         dtype = compute_dtype(hidden_states)
         owners = top_k_index.long() // self.num_experts
         route = plan_route(owners, self.expert_parallel_group)
-        tokens = route.order // route.back.shape[1]
-        index = route.start(top_k_index.int().index_select(0, tokens))
-        rows, weights = _Dispatch.apply(hidden_states, top_k_weights, owners, route, dtype)
-        return route, index, rows, weights
+        return route, *_Dispatch.apply(hidden_states, top_k_weights, top_k_index, owners, route, dtype)
 
     def combine(self, flight, dtype, residual=None, shared=None, recompute=False):
         """What `dispatch` began -> residual + shared + the experts' sums (T, D) in `dtype`."""
-        route, index, rows, weights = flight
+        route, rows, weights, index = flight
         rows, weights = _Arrive.apply(rows, weights, route)
         index = index.long() - self.first_expert
         index = torch.where((index < 0) | (index >= self.num_experts), self.num_experts, index)
-        output = self._with_gradients(self._own_sums(rows, index, weights, recompute), rows, weights)
+        output = self._with_gradients(self._own_sums(rows, index, weights, route.pairs, recompute), rows, weights)
         output = _Resume.apply(output, route.ends)
         return _Combine.apply(output, route, dtype, residual, shared)
 
-    def _own_sums(self, rows, index, weights, recompute):
+    def _own_sums(self, rows, index, weights, pairs, recompute):
         if self.runs_fused(rows):
-            return self.fused(rows, index, weights, recompute=recompute)
+            return self.fused(rows, index, weights, recompute=recompute, pairs=pairs)
         if recompute:
             return computed_again(self, super().forward, rows, index, weights)
         return super().forward(rows, index, weights)

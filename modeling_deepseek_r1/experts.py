@@ -64,12 +64,15 @@ class DeepSeekR1Experts(nn.Module):
             and self.hidden_dim % 8 == self.intermediate_dim % 8 == 0
         )
 
-    def fused(self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False):
+    def fused(
+        self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False, pairs=None
+    ):
         """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`:
-        see `fused_experts`."""
+        see `fused_experts`. `pairs`: how many of `top_k_index` are below E, where that is known."""
         dtype = compute_dtype(hidden_states)
+        order, back, offsets = sort_pairs(top_k_index, self.num_experts)
         return fused_experts(
-            hidden_states.to(dtype), top_k_weights, *sort_pairs(top_k_index, self.num_experts),
+            hidden_states.to(dtype), top_k_weights, order[:pairs], back, offsets,
             self.gate_up_proj.to(dtype), self.down_proj.to(dtype), residual, shared, recompute,
         )  # fmt: skip
 
