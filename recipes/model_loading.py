@@ -1,15 +1,16 @@
 """Tokenizer, model config and model of a stage, from its settings."""
 
 import logging
-import os
 from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
+from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
 from recipes.chat_format import set_chat_template
 from recipes.data import check_vocabulary
+from recipes.parallel_settings import divisors, launched_with
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,29 @@ def build_config(args, tokenizer=None):
 def builds_on(args):
     """Where new weights are drawn: on the GPU that trains them (1.8 B take a second there, half a minute on a CPU),
     unless they are to be sharded and may not fit one."""
-    sharded = args.fsdp or args.deepspeed or any(
-        os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED")
-    )
+    sharded = launched_with(args, "FSDP") or launched_with(args, "DEEPSPEED")
     return args.device if args.device.type == "cuda" and not sharded else torch.device("cpu")
+
+
+def check_experts(args, config):
+    """ValueError unless `expert_parallel_size` processes can share the experts of such a model."""
+    size = getattr(args, "expert_parallel_size", 1)
+    if size == 1:
+        return
+    experts = getattr(config, "n_routed_experts", None)
+    if config.model_type not in DEEPSEEK_TYPES or not experts:
+        raise ValueError(f"expert_parallel_size={size}: this {config.model_type} model has no routed experts of ours; "
+                         "use 1")  # fmt: skip
+    if experts % size:
+        raise ValueError(f"expert_parallel_size={size} must divide n_routed_experts={experts}; use one of "
+                         f"{divisors(experts, args.world_size)} on {args.world_size} processes")  # fmt: skip
+
+
+def split_experts(args, model):
+    """Leaves each process its share of the experts where `expert_parallel_size` says so; returns `model`."""
+    if getattr(args, "expert_parallel_size", 1) > 1:
+        parallelise_experts(model, *expert_groups(args.expert_parallel_size))
+    return model
 
 
 def build_model(args, tokenizer):
@@ -110,6 +130,7 @@ def build_model(args, tokenizer):
     MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
     """
     config = build_config(args, tokenizer)
+    check_experts(args, config)
     kwargs = {"dtype": getattr(torch, args.weights_dtype), "attn_implementation": args.attn_implementation}
     if args.model_name_or_path is None:
         with builds_on(args):
@@ -119,7 +140,7 @@ def build_model(args, tokenizer):
     if config.num_nextn_predict_layers and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()
-    return model
+    return split_experts(args, model)
 
 
 # ---------------------------------------------------------------- stages after pretraining
@@ -173,6 +194,7 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
         raise ValueError(f"{', '.join(overrides)}: {name} is a {found.model_type} model, which has no such setting")
     else:
         config = found
+    check_experts(args, config)
     check_vocabulary(tokenizer, config.get_text_config())
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and (getattr(args, "max_length", None) or 0) > context:
@@ -184,4 +206,4 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
     if getattr(config, "num_nextn_predict_layers", 0) and hasattr(model, "freeze_mtp") and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()
-    return model
+    return split_experts(args, model)

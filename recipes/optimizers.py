@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, muon
 
+from modeling_deepseek_r1.expert_parallel_state import global_gradient_norm
 from recipes.kernels_adamw import adamw_, adamw_lists_, coefficients, has_kernel
 from recipes.run_settings import setting
 
@@ -61,9 +62,12 @@ class FusedAdamW(torch.optim.AdamW):
             raise ValueError("optimizer=fused and muon need whole parameters, these are sharded; use optimizer=torch")
 
     @torch.no_grad()
-    def clip_gradients(self, parameters, max_norm):
-        """The norm before clipping, () float32; the next `step` multiplies by min(1, max_norm / (norm + 1e-6))."""
-        norm = gradient_norm(parameters)
+    def clip_gradients(self, parameters, max_norm, norm=None):
+        """The norm before clipping, () float32; the next `step` multiplies by min(1, max_norm / (norm + 1e-6)).
+
+        `norm`: of all gradients, where those of `parameters` are not all.
+        """
+        norm = gradient_norm(parameters) if norm is None else norm
         self.clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
@@ -339,10 +343,12 @@ class OptimizerMixin:
         if optimizer is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return optimizer.clip_gradients(model.parameters(), self.args.max_grad_norm)
+        norm = global_gradient_norm(model) if self.gradients_are_split else None
+        return optimizer.clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and self._clipping_optimizer() is not None:  # max_grad_norm=0: measured, not clipped
+        whole = self._clipping_optimizer() is not None and not self.gradients_are_split
+        if grad_norm is None and whole:  # max_grad_norm=0: measured, not clipped
             self.accelerator.unscale_gradients()
             return gradient_norm(model.parameters())
         return super()._get_grad_norm(model, grad_norm)

@@ -16,11 +16,12 @@ from trl import TrlParser
 
 from recipes.distributed_settings import DistributedSettings
 from recipes.optimizers import OptimizerSettings
+from recipes.parallel_settings import ParallelSettings
 from recipes.run_settings import RunSettings, setting
 
 
 @dataclass
-class PretrainConfig(DistributedSettings, OptimizerSettings, RunSettings, TrainingArguments):
+class PretrainConfig(DistributedSettings, ParallelSettings, OptimizerSettings, RunSettings, TrainingArguments):
     """Everything of `transformers.TrainingArguments`, with the defaults of the DeepSeek papers, and the fields below.
 
     Raises:

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback
 from recipes.checkpoints import CheckpointMixin
 from recipes.hub_push import HubPushMixin
 from recipes.optimizers import OptimizerMixin
+from recipes.parallel_trainer import ParallelMixin
 
 
 class SpeedMeter:
@@ -75,7 +76,7 @@ class Strided(Dataset):
         return self.rows[self.indices[index]]
 
 
-class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
+class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin):
     """Put before `transformers.Trainer` or one of TRL's trainers in the list of bases.
 
     A subclass calls `start_metering(flops_per_token)` at the end of its `__init__`, says how to count the tokens of a
@@ -83,7 +84,9 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
     """
 
     def start_metering(self, flops_per_token=None, peak_flops=None):
-        """`flops_per_token`, `peak_flops` (FLOP/s of a device): for MFU, which is left out without them."""
+        """`flops_per_token`, `peak_flops` (FLOP/s of a device): for MFU, which is left out without them. The model is
+        complete by now, and sharded where it is to be."""
+        self.shard_model()
         for callback in (ProgressCallback, PrinterCallback):  # recipes/logging_callbacks.py replaces them
             self.remove_callback(callback)
         self.speed = SpeedMeter(self.args.timing_warmup_steps, self.args.device)

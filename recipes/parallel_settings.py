@@ -1,0 +1,69 @@
+"""The settings of how a model is spread over processes: experts, tensors; and what they cannot be combined with."""
+
+import os
+from dataclasses import dataclass
+
+from recipes.run_settings import setting
+
+
+def launched_with(args, kind):
+    """Whether the launch file or the training arguments ask for `kind`, FSDP or DEEPSPEED."""
+    given = args.fsdp_plugin_args if kind == "FSDP" else args.deepspeed
+    return bool(given) or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
+
+
+def divisors(number, *others):
+    """The numbers that divide all."""
+    return [each for each in range(1, number + 1) if not any(other % each for other in (number, *others))]
+
+
+@dataclass
+class ParallelSettings:
+    """Put in front of `transformers.TrainingArguments`, as recipes/optimizers.OptimizerSettings.
+
+    Raises:
+        ValueError: for sizes that do not divide the processes, and for what cannot be combined with them.
+    """
+
+    expert_parallel_size: int = setting(
+        1,
+        "Processes that share the routed experts of each layer, so that tokens travel to them (1: each has all). The "
+        "rest is as the launch file says: whole (ddp.yaml) or sharded (fsdp2_ep.yaml).",
+    )
+    tensor_parallel_size: int = setting(
+        1, "Processes that compute the same rows, each with a part of every matrix (tensor_parallel.yaml)."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("expert_parallel_size", "tensor_parallel_size"):
+            size = getattr(self, name)
+            if size < 1 or self.world_size % size:
+                raise ValueError(f"{name}={size} must divide the {self.world_size} processes of this run; use one of "
+                                 f"{divisors(self.world_size)}, or launch more")  # fmt: skip
+        if self.expert_parallel_size > 1:
+            self._check_alone("expert_parallel_size", self._obstacles_of_experts())
+        if self.tensor_parallel_size > 1:
+            self._check_alone("tensor_parallel_size", self._obstacles_of_tensors())
+
+    def _check_alone(self, name, obstacles):
+        for present, why in obstacles:
+            if present:
+                raise ValueError(f"{name}={getattr(self, name)} with {why}")
+
+    def _obstacles_of_experts(self):
+        adapters = getattr(self, "lora_rank", 0) or getattr(self, "load_in_4bit", False)
+        return (
+            (self.tensor_parallel_size > 1, f"tensor_parallel_size={self.tensor_parallel_size}: use one of the two"),
+            (launched_with(self, "DEEPSPEED"), "DeepSpeed, which moves the parameters itself: use ddp.yaml or "
+             "fsdp2_ep.yaml"),
+            (self.fp16, "fp16=true, whose loss scale each process would set by its own experts: use bf16=true"),
+            (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "
+             "models: use ema_decay=0"),
+            (adapters, "adapters or a quantised model, which wrap the experts: use expert_parallel_size=1"),
+            (getattr(self, "eval_tasks", None), f"eval_tasks={getattr(self, 'eval_tasks', None)}, whose answers end at "
+             "another step on each process: leave it out and evaluate the saved folder with recipes/eval.py"),
+        )  # fmt: skip
+
+    def _obstacles_of_tensors(self):
+        return ()
