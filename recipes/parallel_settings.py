@@ -17,6 +17,19 @@ def divisors(number, *others):
     return [each for each in range(1, number + 1) if not any(other % each for other in (number, *others))]
 
 
+def context_parallel_size(args):
+    """Processes that share each row, as the launch file (or `parallelism_config`) says."""
+    if getattr(args, "parallelism_config", None) is not None:
+        return args.parallelism_config.cp_size
+    wanted = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    return int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1")) if wanted else 1
+
+
+def data_parallel_size(args):
+    """Processes that have rows of their own: all, but for those that compute the same rows or parts of them."""
+    return args.world_size // getattr(args, "tensor_parallel_size", 1) // context_parallel_size(args)
+
+
 @dataclass
 class ParallelSettings:
     """Put in front of `transformers.TrainingArguments`, as recipes/optimizers.OptimizerSettings.
@@ -66,4 +79,14 @@ class ParallelSettings:
         )  # fmt: skip
 
     def _obstacles_of_tensors(self):
-        return ()
+        adapters = getattr(self, "lora_rank", 0) or getattr(self, "load_in_4bit", False)
+        keeps = str(getattr(self.save_strategy, "value", self.save_strategy)) != "no" and not self.save_only_model
+        return (
+            (launched_with(self, "DEEPSPEED") or launched_with(self, "FSDP"), "DeepSpeed or FSDP, which shard the model "
+             "once more: use tensor_parallel.yaml"),
+            (keeps, "checkpoints of the optimizer, which the library cannot write for such a model: set "
+             "save_only_model=true, or save_strategy=no"),
+            (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "
+             "models: use ema_decay=0"),
+            (adapters, "adapters or a quantised model: use tensor_parallel_size=1"),
+        )  # fmt: skip

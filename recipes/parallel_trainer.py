@@ -1,15 +1,28 @@
-"""What a trainer does when its model is spread over processes: sharding it, averaging what stayed whole, global norms."""
+"""What a trainer does when its model is spread over processes: shards it, averages what stayed whole, global norms."""
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from modeling_deepseek_r1 import DeepSeekR1Model
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import (
     clip_gradient_norm,
     global_gradient_norm,
     reduce_expert_gradients,
 )
+from recipes.parallel_settings import context_parallel_size, launched_with
 from recipes.sharding import can_shard, is_sharded, reduce_replicated_gradients, shard, under_its_own_name
+
+
+def allow_meshes_on_cpu(args):
+    """Before the Accelerator is made: lets the processes of CPUs (gloo) share rows, for tests and to look at such
+    training without a GPU; accelerate knows device meshes of accelerators only."""
+    meshes = launched_with(args, "FSDP") or getattr(args, "tensor_parallel_size", 1) * context_parallel_size(args) > 1
+    if meshes and args.device.type == "cpu" and args.world_size > 1:
+        PartialState()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # which accelerate then replaces
 
 
 class ParallelMixin:
@@ -20,8 +33,15 @@ class ParallelMixin:
     are of all gradients, each counted once.
     """
 
+    _sharded_here = False
+
+    def create_accelerator_and_postprocess(self):
+        allow_meshes_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
+
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
+        self._prepare_for_cut_rows()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or plugin.fsdp_version != 2 or is_sharded(self.model) or not can_shard(self.model):
             return
@@ -31,8 +51,41 @@ class ParallelMixin:
             offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             mesh=None if mesh is None else mesh[tuple(parallelism.fsdp_dim_names)],
         )  # fmt: skip
+        self._sharded_here = True
         # What is left for accelerate to do is nothing: it must not look for layer classes, nor spread weights again.
         plugin.auto_wrap_policy, plugin.cpu_ram_efficient_loading = None, False
+
+    def _prepare_for_cut_rows(self):
+        """Under context parallelism attention has no masks, and no process sees the labels beyond its part of a row."""
+        if self.get_cp_size() == 1 or not can_shard(self.model):
+            return
+        if getattr(self.model, "trains_mtp", False):
+            raise ValueError("mtp_loss_coef is positive under context parallelism, where the tokens that multi-token "
+                             "prediction looks ahead to are on another process; set it to 0")  # fmt: skip
+        for module in self.model.modules():
+            if isinstance(module, DeepSeekR1Model):
+                module.documents_apart = False
+
+    # -- who has which rows
+
+    @property
+    def _sharing(self):
+        """Processes that compute the same rows, or parts of them: neighbours, by the order of the device meshes."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    @property
+    def data_processes(self):
+        """Processes, or groups of them, with rows of their own."""
+        return self.accelerator.num_processes // self._sharing
+
+    @property
+    def data_rank(self):
+        return self.accelerator.process_index // self._sharing
+
+    def sum_over_rows(self, tensor):
+        """The sum over all rows of what each process has found in its own."""
+        total = self.accelerator.reduce(tensor, "sum")
+        return total / self._sharing if total.is_floating_point() else total // self._sharing
 
     def _compute_dtype(self):
         names = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,15 +94,21 @@ class ParallelMixin:
     @property
     def gradients_are_split(self):
         """Whether no process has all gradients, so that torch's functions over `model.parameters()` do not serve."""
-        return is_sharded(self.model) or any(is_expert_parallel(parameter) for parameter in self.model.parameters())
+        return self._sharded_here or any(is_expert_parallel(parameter) for parameter in self.model.parameters())
 
     # -- the step
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        if self.get_cp_size() > 1 and can_shard(self.model):
+            # Positions of packed documents start again, but documents see each other here: the row is one.
+            inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "seq_lengths")}
+        return super()._prepare_context_parallel_inputs(model, inputs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             reduce_expert_gradients(self.model)
-            if is_sharded(self.model):
+            if self._sharded_here:
                 reduce_replicated_gradients(self.model)
         return loss
 

@@ -144,7 +144,7 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, Parallel
         steps = self.state.global_step - self._step_logged
         tokens, seconds, timed, all_tokens = self.speed.read()
         counts = torch.tensor([float(tokens), float(all_tokens)], dtype=torch.float64, device=self.args.device)
-        tokens, all_tokens = self.accelerator.reduce(counts, "sum").tolist()
+        tokens, all_tokens = self.sum_over_rows(counts).tolist()
         metrics = {"tokens": int(all_tokens)}
         if self._mtp_loss is not None:
             metrics["mtp_loss"] = self.accelerator.reduce(self._mtp_loss.double(), "mean").item() / steps
@@ -172,8 +172,8 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, Parallel
             return super()._save_checkpoint(*args, **kwargs)
 
     def strided_eval_dataloader(self, dataset, rows_class=Strided):
-        """Every `world_size`-th row: nothing is repeated to even out batches, so sums are exact."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        """Every n-th row on n processes: nothing is repeated to even out batches, so sums are exact."""
+        rank, world = self.data_rank, self.data_processes
         if len(dataset) < world:
             raise ValueError(f"{len(dataset)} held-out rows are fewer than the {world} processes: hold out more text")
         rows = rows_class(dataset, rank, world)

@@ -19,6 +19,8 @@ import accelerate
 import torch
 import transformers
 
+from recipes.parallel_settings import data_parallel_size
+
 MODEL_BOOKKEEPING = {
     "_name_or_path", "_attn_implementation", "_experts_implementation", "_commit_hash", "architectures",
     "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "output_attentions",
@@ -59,7 +61,7 @@ def describe_run(trainer):
         training |= {"max_steps": args.max_steps}
         if args.max_steps <= 0:
             training |= {"num_train_epochs": args.num_train_epochs}
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args)
     training |= {"sequences_per_step": step} | (trainer.resume_guard or {})
     config = model.config.to_dict() if hasattr(model, "config") else {}
     weights = next(model.parameters())
