@@ -75,7 +75,7 @@ class CheckpointWriter:
     def _run(self, job):
         try:
             job.run()
-        except Exception as error:  # noqa: BLE001  raised where training waits for the checkpoint
+        except BaseException as error:  # noqa: BLE001  raised where training waits for the checkpoint
             self._error = error
 
     def join(self):
@@ -85,7 +85,7 @@ class CheckpointWriter:
             self._thread = None
 
     def outcome(self):
-        """(error of this process or None, [(rank, text) of all errors]) of the last job, once; waits for it.
+        """(error of this process or None, all processes' errors as texts) of the last job, once; waits for it.
 
         Every process calls it: all of them learn of an error of one.
         """
@@ -97,4 +97,4 @@ class CheckpointWriter:
             texts = [None] * dist.get_world_size()
             dist.all_gather_object(texts, own, group=self.group)
         self.folder = None
-        return error, [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        return error, list(dict.fromkeys(text for text in texts if text is not None))

@@ -186,8 +186,9 @@ class CheckpointMixin(ElasticCheckpointMixin):
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
-        """The last checkpoint is whole when training ends. And Trainer would delete the newest checkpoint where `save_total_limit` is 1 and another one is the best: a run
-        that is killed in the evaluation after training would train again."""
+        """The last checkpoint is whole when training ends. And Trainer would delete the newest one where
+        `save_total_limit` is 1 and another is the best: a run that is killed in the evaluation after training would
+        train again."""
         self.finish_save()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -289,7 +290,7 @@ class CheckpointMixin(ElasticCheckpointMixin):
         error, found = self.writer.outcome()
         if not found:
             return
-        texts = "; ".join(f"rank {rank}: {text}" for rank, text in found)
+        texts = "; ".join(found)
         self._abandon(folder, RuntimeError(texts))
         raise CheckpointSaveError(f"could not save {folder} ({texts}); what was written of it is removed") from error
 

@@ -64,12 +64,17 @@ def load_plain_optimizer(folder, optimizer):
         raise ValueError(f"{folder}/{OPTIMIZER_NAME} has other parameter groups than this optimizer; resume with the "
                          "optimizer, weight decay and frozen parameters that wrote it")  # fmt: skip
     for parameter, index in zip(ours, theirs):
-        for key, value in state["state"].get(index, {}).items():
-            if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape and value.dim():
-                mesh = parameter.device_mesh
-                value = value.to(mesh.device_type)
-                state["state"][index][key] = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+        if isinstance(parameter, DTensor) and index in state["state"]:
+            state["state"][index] = {key: _laid_out_as(parameter, v) for key, v in state["state"][index].items()}
     optimizer.load_state_dict(state)
+
+
+def _laid_out_as(parameter, value):
+    """This process' part of a whole state of a sharded parameter; numbers stay as they are."""
+    if not torch.is_tensor(value) or not value.dim() or value.shape != parameter.shape:
+        return value
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
 
 
 def load_rng_of_other(checkpoint, saved, rank, device):
@@ -121,11 +126,10 @@ class ElasticCheckpointMixin:
                 raise ValueError("async_save=true: DeepSpeed and FSDP1 write their own checkpoints; leave it out")
             if isinstance(self._bare_model(), PeftModel) and not self.shards_model():
                 raise ValueError("async_save=true: an adapter is written in a moment; leave async_save out")
-        if shards and args.push_to_hub and getattr(args.hub_strategy, "value", args.hub_strategy) != "end":
-            raise ValueError(
-                f"hub_strategy={getattr(args.hub_strategy, 'value', args.hub_strategy)} pushes plain checkpoints, those "
-                "of sharded models and with async_save are in shards: set hub_strategy=end"
-            )
+        strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+        if shards and args.push_to_hub and strategy != "end":
+            raise ValueError(f"hub_strategy={strategy} pushes plain checkpoints; those of sharded models, and with "
+                             "async_save, are in shards: set hub_strategy=end")  # fmt: skip
 
     def _has_adapter(self):
         return isinstance(self._bare_model(), PeftModel)
@@ -214,7 +218,7 @@ class ElasticCheckpointMixin:
         if checkpoint is None or not (holds_shards(checkpoint) or self.shards_model()):
             return super()._load_optimizer_and_scheduler(checkpoint)
         if holds_shards(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer.pt; a mixin may have a state of its own
+            super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer.pt; mixins may have more to load
             load_optimizer(checkpoint, self._bare_model(), self.optimizer)
         else:
             load_plain_optimizer(checkpoint, self.optimizer)

@@ -58,7 +58,7 @@ def under_all_names(model, state):
 
 
 def export_checkpoint(checkpoint, target, max_shard_size=None):
-    """Writes the plain folder `target`; returns its number of tensors.
+    """Writes the plain folder `target`; returns the number of the model's tensors.
 
     Raises:
         ValueError: for a checkpoint that is damaged, plain already, or an adapter's.
@@ -76,6 +76,7 @@ def export_checkpoint(checkpoint, target, max_shard_size=None):
     value = {name.removeprefix(VALUE): state.pop(name) for name in list(state) if name.startswith(VALUE)}
     model = empty_model(checkpoint, next(iter(state.values())).dtype)
     full = under_all_names(model, state)
+    count = len(full)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     model.save_pretrained(target, state_dict=full, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
@@ -84,7 +85,7 @@ def export_checkpoint(checkpoint, target, max_shard_size=None):
     if value:
         kind = "separate" if any(name.startswith("trunk.") for name in value) else "shared"
         save_file(value, target / VALUE_FILE, metadata={"format": "pt", "kind": kind})
-    return len(full)
+    return count
 
 
 def main(argv=None):

@@ -8,11 +8,13 @@ the parts that overlap its own. `python recipes/export_checkpoint.py` makes a pl
 The index (`.metadata`) is a pickle, as torch writes it: read only checkpoints whose origin you know.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -25,9 +27,15 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from recipes.tensor_pieces import model_pieces, named_tensors, optimizer_pieces, parameter_names, piece_of
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of `no_dist`: it does as asked
+
 SHARDS, INDEX = "shards", ".metadata"
 GROUPS = "optimizer_groups.pt"  # hyperparameters and numbers beside the tensors, by parameter names
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
+
+
+class ShardError(OSError):
+    """Shards that could not be written or read; the message names the ranks and what each of them met."""
 
 
 class LayoutError(ValueError):
@@ -42,6 +50,16 @@ def holds_shards(folder):
 def files_of_rank(folder, rank):
     """The files in `folder`/shards that this rank wrote."""
     return sorted((Path(folder) / SHARDS).glob(f"__{rank}_*.distcp"))
+
+
+@contextlib.contextmanager
+def _with_plain_errors():
+    """torch's own error is no Exception, and holds tracebacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        met = (f"rank {rank}: {type(each).__name__}: {each}" for rank, (each, _) in error.failures.items())
+        raise ShardError("; ".join(met)) from error
 
 
 # ---------------------------------------------------------------- torch's planners, for pieces
@@ -94,10 +112,11 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 def write_pieces(folder, pieces, group=None):
     """Writes what this process owns into `folder`/shards. All processes of `group` (one of gloo's) call it.
 
-    group: None on a single process, also where a process group exists: each element needs its owner to take part.
+    group: None on a single process.
+    Raises:
+        ShardError: on every rank, for an error of one.
     """
-    with warnings.catch_warnings():  # torch says that it does as asked
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with _with_plain_errors():
         dcp.save(
             pieces, storage_writer=dcp.FileSystemWriter(Path(folder) / SHARDS, overwrite=True),
             planner=_SavePlanner(), process_group=group, no_dist=group is None,
@@ -114,6 +133,7 @@ def read_pieces(folder, pieces):
 
     Raises:
         LayoutError: for names that the checkpoint lacks, other shapes or dtypes.
+        ShardError: for files that cannot be read.
     """
     saved = saved_tensors(folder)
     for name, piece in pieces.items():
@@ -125,8 +145,7 @@ def read_pieces(folder, pieces):
                 f"{folder}: {name} is {shape} {dtype}, here it is {tuple(piece.shape)} {piece.local.dtype}; resume "
                 "with the config and the weights_dtype that wrote it"
             )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with _with_plain_errors():
         dcp.load(
             dict(pieces), storage_reader=dcp.FileSystemReader(Path(folder) / SHARDS), planner=_LoadPlanner(),
             no_dist=True,

@@ -35,6 +35,7 @@ def _become(rank, world, port, environment, log, work):
         os.environ |= {name: str(value) for name, value in ranks.items()} | environment
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         torch.set_num_threads(1)  # threads do not survive a fork
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # nor does what CUDA has begun
         torch.manual_seed(100 + rank)  # what a rank drew before must not matter
         work(rank)
         status = 0
