@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from recipes.gradient_compression import COMPRESSIONS, PowerSGDReduction, TopKReduction
+from recipes.process_group import choose_interface, open_group_of_cpus
 from recipes.process_watch import record_collectives, set_timeout
 from recipes.run_settings import setting
 
@@ -39,6 +40,9 @@ class ProcessSettings:
             raise ValueError(f"ddp_timeout={self.ddp_timeout}: set collective_timeout_s instead, it holds everywhere")
         self.ddp_timeout = self.collective_timeout_s
         record_collectives()  # before the process group exists, which TrainingArguments makes
+        choose_interface()
+        if self.use_cpu:
+            open_group_of_cpus(self.collective_timeout_s)
         super().__post_init__()
         if self.world_size > 1:
             set_timeout(self.collective_timeout_s)
