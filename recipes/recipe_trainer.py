@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from recipes.checkpoints import CheckpointMixin
+from recipes.fsdp_setup import FsdpSetupMixin
 from recipes.hub_push import HubPushMixin
 from recipes.optimizers import OptimizerMixin
 from recipes.parallel_trainer import ParallelMixin
@@ -76,7 +77,7 @@ class Strided(Dataset):
         return self.rows[self.indices[index]]
 
 
-class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin):
+class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin, FsdpSetupMixin):
     """Put before `transformers.Trainer` or one of TRL's trainers in the list of bases.
 
     A subclass calls `start_metering(flops_per_token)` at the end of its `__init__`, says how to count the tokens of a

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recipes.adapters import LORA_GROUPS
+from recipes.distributed_settings import ProcessSettings
 from recipes.evaluation import EvaluationSettings
 from recipes.optimizers import OptimizerSettings
 from recipes.run_settings import setting
@@ -19,7 +20,7 @@ def check_rules(args, rules):
 
 
 @dataclass
-class ModelSettings(OptimizerSettings):
+class ModelSettings(ProcessSettings, OptimizerSettings):
     """Weights, tokenizer and template that a stage starts from; how it is optimised."""
 
     model_name_or_path: str | None = setting(
