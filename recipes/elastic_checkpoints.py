@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_N
 from transformers.trainer_pt_utils import safe_globals
 
 from modeling_deepseek_r1.checkpoint_files import weight_files
+from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import gather_full_state_dict, load_full_state_dict
 from recipes.checkpoint_writer import CheckpointWriter, ShardJob
 from recipes.sharded_checkpoints import (
@@ -64,14 +65,19 @@ def load_plain_optimizer(folder, optimizer):
         raise ValueError(f"{folder}/{OPTIMIZER_NAME} has other parameter groups than this optimizer; resume with the "
                          "optimizer, weight decay and frozen parameters that wrote it")  # fmt: skip
     for parameter, index in zip(ours, theirs):
-        if isinstance(parameter, DTensor) and index in state["state"]:
+        if index in state["state"]:
             state["state"][index] = {key: _laid_out_as(parameter, v) for key, v in state["state"][index].items()}
     optimizer.load_state_dict(state)
 
 
 def _laid_out_as(parameter, value):
-    """This process' part of a whole state of a sharded parameter; numbers stay as they are."""
-    if not torch.is_tensor(value) or not value.dim() or value.shape != parameter.shape:
+    """This process' part of a whole state of its parameter; numbers stay as they are."""
+    if not torch.is_tensor(value) or not value.dim():
+        return value
+    if is_expert_parallel(parameter) and value.shape == parameter.global_shape:
+        group = parameter.expert_parallel_group
+        return value.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     mesh = parameter.device_mesh
     return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)

@@ -4,26 +4,27 @@
   a sharded parameter, which the routers' biases are not (`AttributeError: 'Tensor' object has no attribute
   'device_mesh'`). They stay whole here, and are sent from the first process.
 - accelerate enters FSDP on accelerators only; on CPUs it drops the launch file's wish without a word and trains under
-  DDP. Here a CPU's processes (gloo) are sharded too: for tests, and to look at sharded training without a GPU.
+  DDP, and refuses device meshes. Here a CPU's processes (gloo) shard and share rows too: for tests, and to look at such
+  training without a GPU.
+
+Our own models are sharded by recipes/sharding.py; then accelerate has nothing left to do.
 """
 
 import contextlib
-import os
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-
-def wants_fsdp(args):
-    """Whether the launch file or the training arguments ask for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(args.fsdp_plugin_args)
+from recipes.parallel_settings import data_parallel_size, launched_with
 
 
-def allow_fsdp_on_cpu(args):
-    """Before the Accelerator is made: lets it shard over the processes of CPUs, where FSDP is asked for."""
-    if wants_fsdp(args) and args.device.type == "cpu" and dist.is_available() and dist.is_initialized():
+def allow_meshes_on_cpu(args):
+    """Before the Accelerator is made: lets it shard over, and share rows between, the processes of CPUs, where that is
+    asked for."""
+    meshes = launched_with(args, "FSDP") or data_parallel_size(args) < args.world_size
+    if meshes and args.device.type == "cpu" and dist.is_available() and dist.is_initialized():
         PartialState()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # which FSDP then replaces
 
@@ -50,7 +51,7 @@ class FsdpSetupMixin:
     """Put before `transformers.Trainer` in the list of bases."""
 
     def create_accelerator_and_postprocess(self):
-        allow_fsdp_on_cpu(self.args)
+        allow_meshes_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or plugin.fsdp_version != 2 or not plugin.cpu_ram_efficient_loading:

@@ -38,14 +38,20 @@ def gradient_norm(parameters):
     return torch.linalg.vector_norm(torch.stack([norm.to(gradients[0].device) for norm in norms]))
 
 
+def local_part(tensor):
+    """What of a tensor lies in this process, sharing its memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 class FusedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step multiplies gradients with a clip factor itself; amsgrad and tensor rates left out.
 
     `clip_gradients` before `step` measures the norm and leaves the factor for that step. `step` never waits for the
     device. With `stochastic_rounding`, bf16 weights are rounded at random, reproducibly from `seed` and the step.
+    Of sharded parameters (DTensors) each process updates its part; their states are sharded alike.
 
     Raises:
-        ValueError: for a rate that is a tensor, for sharded parameters.
+        ValueError: for a rate that is a tensor.
     """
 
     def __init__(
@@ -58,8 +64,6 @@ class FusedAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.clip_factor = None
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            raise ValueError("optimizer=fused and muon need whole parameters, these are sharded; use optimizer=torch")
 
     @torch.no_grad()
     def clip_gradients(self, parameters, max_norm, norm=None):
@@ -95,9 +99,9 @@ class FusedAdamW(torch.optim.AdamW):
             if step not in numbers:
                 numbers[step] = coefficients(group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)
             here = None if clip is None else clip.to(weight.device)
-            tensors = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
+            tensors = [local_part(t) for t in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
             seed = self._seed(step, number) if self.stochastic_rounding else None
-            if has_kernel(weight):
+            if has_kernel(tensors[0]):
                 adamw_(*tensors, here, seed, **numbers[step])
             else:
                 lists.setdefault((step, weight.device), []).append((*tensors, seed))
@@ -158,6 +162,8 @@ class MuonAdamW(FusedAdamW):
             wrong = [tuple(p.shape) for p in group["params"] if group.get("muon") and p.ndim not in (2, 3)]
             if wrong:
                 raise ValueError(f"muon=True holds a parameter of shape {wrong[0]}; give 2-D or (experts, A, B)")
+            if group.get("muon") and any(isinstance(p, DTensor) for p in group["params"]):
+                raise ValueError("optimizer=muon needs whole matrices, these are sharded; use optimizer=auto")
 
     def _update_group(self, group, clip, first):
         if not group.get("muon"):
@@ -265,8 +271,8 @@ class OptimizerSettings:
 
     optimizer: str = setting(
         "auto",
-        "torch: what optim names. fused: AdamW that clips inside its update. auto: fused on one GPU or under DDP where "
-        "optim is torch's AdamW and nothing is sharded, else torch. muon: Muon for matrices, AdamW else.",
+        "torch: what optim names. fused: AdamW that clips inside its update. auto: fused on GPUs, also under DDP and "
+        "FSDP2, where optim is torch's AdamW, else torch. muon: Muon for matrices, AdamW else.",
     )
     muon_learning_rate: float | None = setting(None, "Rate of Muon's matrices. Default: learning_rate.")
     muon_momentum: float = setting(0.95, "Momentum of Muon (torch.optim.Muon's default).")
@@ -315,23 +321,26 @@ class OptimizerMixin:
 
     def create_optimizer(self, model=None):
         kind = getattr(self.args, "optimizer", "torch")
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self._sharded_here
         if kind == "auto":
             kind = "torch" if sharded or not self._fused_adamw_serves(model) else "fused"
         if kind == "torch" or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         if sharded:
-            raise ValueError(f"optimizer={kind} needs whole parameters on each device; shard with optimizer=torch")
+            raise ValueError(f"optimizer={kind} does not know how this model is sharded; use optimizer=torch")
         model = self.model if model is None else model
         self.optimizer = make_optimizer(self.args, kind, model, self.get_decay_parameter_names(model))
         return self.optimizer
 
     def _fused_adamw_serves(self, model):
-        """Whether AdamW is asked for, the kernel takes most of the weights, and no gradient scaler stands between."""
+        """Whether AdamW is asked for, no gradient scaler stands between, and the kernel takes most of the weights, or
+        some are sharded and some are not, which torch's AdamW would have to part: other groups than on one process."""
+        if not names_torch_adamw(self.args) or self.args.fp16:
+            return False
         weights = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-        covered = sum(p.numel() for p in weights if has_kernel(p)) > 0.9 * sum(p.numel() for p in weights)
         whole = not any(isinstance(p, DTensor) for p in weights)
-        return names_torch_adamw(self.args) and not self.args.fp16 and whole and covered
+        covered = sum(p.numel() for p in weights if has_kernel(p)) > 0.9 * sum(p.numel() for p in weights)
+        return whole and covered or self._sharded_here
 
     def _clipping_optimizer(self):
         """Our optimizer inside accelerate's wrapper, or None."""

@@ -80,12 +80,9 @@ class ParallelSettings:
 
     def _obstacles_of_tensors(self):
         adapters = getattr(self, "lora_rank", 0) or getattr(self, "load_in_4bit", False)
-        keeps = str(getattr(self.save_strategy, "value", self.save_strategy)) != "no" and not self.save_only_model
         return (
             (launched_with(self, "DEEPSPEED") or launched_with(self, "FSDP"), "DeepSpeed or FSDP, which shard the model "
              "once more: use tensor_parallel.yaml"),
-            (keeps, "checkpoints of the optimizer, which the library cannot write for such a model: set "
-             "save_only_model=true, or save_strategy=no"),
             (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "
              "models: use ema_decay=0"),
             (adapters, "adapters or a quantised model: use tensor_parallel_size=1"),

@@ -1,8 +1,6 @@
 """What a trainer does when its model is spread over processes: shards it, averages what stayed whole, global norms."""
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from modeling_deepseek_r1 import DeepSeekR1Model
@@ -12,17 +10,7 @@ from modeling_deepseek_r1.expert_parallel_state import (
     global_gradient_norm,
     reduce_expert_gradients,
 )
-from recipes.parallel_settings import context_parallel_size, launched_with
-from recipes.sharding import can_shard, is_sharded, reduce_replicated_gradients, shard, under_its_own_name
-
-
-def allow_meshes_on_cpu(args):
-    """Before the Accelerator is made: lets the processes of CPUs (gloo) share rows, for tests and to look at such
-    training without a GPU; accelerate knows device meshes of accelerators only."""
-    meshes = launched_with(args, "FSDP") or getattr(args, "tensor_parallel_size", 1) * context_parallel_size(args) > 1
-    if meshes and args.device.type == "cpu" and args.world_size > 1:
-        PartialState()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # which accelerate then replaces
+from recipes.sharding import can_shard, is_sharded, reduce_replicated_gradients, shard
 
 
 class ParallelMixin:
@@ -35,9 +23,14 @@ class ParallelMixin:
 
     _sharded_here = False
 
-    def create_accelerator_and_postprocess(self):
-        allow_meshes_on_cpu(self.args)
-        super().create_accelerator_and_postprocess()
+    def __init__(self, model=None, args=None, **kwargs):
+        # Trainer refuses to save what a model that the library has spread needs to go on; our checkpoints hold it.
+        spread, keep = getattr(model, "is_distributed_loading_by_transformers", False), args.save_only_model
+        args.save_only_model = keep or spread
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+        finally:
+            args.save_only_model = keep
 
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
@@ -123,9 +116,3 @@ class ParallelMixin:
             self.accelerator.unscale_gradients()
             return global_gradient_norm(self.model)
         return super()._get_grad_norm(model, grad_norm)
-
-    # -- saving
-
-    def _save(self, output_dir=None, state_dict=None):
-        with under_its_own_name(self.model):
-            super()._save(output_dir, state_dict)

@@ -10,12 +10,11 @@ What lies where:
     the embedding             a group of its own, unless it is the head too
     head, norm, other heads   the model's own group, gathered before the first layer and kept until the backward
     routers                   whole on each process, in fp32: small, and routing in 16 bits swaps near-tied experts;
-                              so is what has another dtype than the rest, such as a value head beside a bf16 trunk
+                              so is what has another dtype than the rest, such as a value head beside a bf16 trunk,
+                              or fewer rows than there are processes
     split experts             where they are: see modeling_deepseek_r1/expert_parallel.py
 Gradients of what is whole are averaged by `reduce_replicated_gradients`.
 """
-
-import contextlib
 
 import torch
 import torch.distributed as dist
@@ -122,23 +121,11 @@ def replicated_parameters(model):
     for parameter in dense:
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     common = max(sizes, key=sizes.get, default=None)
-    return {parameter for parameter in dense if parameter in routers or parameter.dtype != common}
+    few = lambda parameter: parameter.dim() == 0 or parameter.shape[0] < dist.get_world_size()
+    return {parameter for parameter in dense if parameter in routers or parameter.dtype != common or few(parameter)}
 
 
 def reduce_replicated_gradients(model):
     """Averages over all processes what FSDP2 leaves alone; once a step, after the last micro-batch."""
     replicated = replicated_parameters(model)
     average_gradients([parameter for parameter in model.parameters() if parameter in replicated])
-
-
-@contextlib.contextmanager
-def under_its_own_name(model):
-    """Inside the block the model is of its own class and not of the one that FSDP2 derives: `save_pretrained` writes
-    a class' name and source file."""
-    derived = type(model)
-    if is_sharded(model):
-        model.__class__ = next(base for base in derived.__bases__ if base is not FSDPModule)
-    try:
-        yield model
-    finally:
-        model.__class__ = derived
