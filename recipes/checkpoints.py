@@ -316,7 +316,8 @@ class CheckpointMixin(ElasticCheckpointMixin):
             callback.save_to_checkpoint(folder, self.model)
 
     def _knows_weights(self):
-        return not self.is_deepspeed_enabled and (self.shards_model() or not self.is_fsdp_enabled)
+        elsewhere = self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        return not elsewhere and (self.shards_model() or not self.is_fsdp_enabled)
 
     def _abandon(self, folder, error):
         if self.args.should_save:

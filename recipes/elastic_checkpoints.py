@@ -114,8 +114,8 @@ class ElasticCheckpointMixin:
 
     def shards_model(self):
         """Whether weights are spread over processes in a way that we write: FSDP2, DTensors, our expert parallelism."""
-        if self.is_deepspeed_enabled:
-            return False
+        if self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
+            return False  # the library cuts stacked matrices (gate and up) into parts that are no blocks
         if self.is_fsdp_enabled:
             return self.accelerator.state.fsdp_plugin.fsdp_version == 2
         return is_sharded(self._bare_model())

@@ -80,9 +80,12 @@ class ParallelSettings:
 
     def _obstacles_of_tensors(self):
         adapters = getattr(self, "lora_rank", 0) or getattr(self, "load_in_4bit", False)
+        resumes = str(getattr(self.save_strategy, "value", self.save_strategy)) != "no" and not self.save_only_model
         return (
             (launched_with(self, "DEEPSPEED") or launched_with(self, "FSDP"), "DeepSpeed or FSDP, which shard the model "
              "once more: use tensor_parallel.yaml"),
+            (resumes or getattr(self, "async_save", False), "checkpoints to resume from, which neither the library nor "
+             "these recipes write of such a model: set save_only_model=true, or save_strategy=no"),
             (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "
              "models: use ema_decay=0"),
             (adapters, "adapters or a quantised model: use tensor_parallel_size=1"),

@@ -13,6 +13,14 @@ from modeling_deepseek_r1.expert_parallel_state import (
 from recipes.sharding import can_shard, is_sharded, reduce_replicated_gradients, shard
 
 
+def innermost_sampler(dataloader):
+    """What draws the rows, inside of what makes batches of them and deals these out; None for streams."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return getattr(sampler, "sampler", None)
+
+
 class ParallelMixin:
     """Put after the optimizer's and the checkpoints' mixins and before `transformers.Trainer` in the list of bases.
 
@@ -22,15 +30,6 @@ class ParallelMixin:
     """
 
     _sharded_here = False
-
-    def __init__(self, model=None, args=None, **kwargs):
-        # Trainer refuses to save what a model that the library has spread needs to go on; our checkpoints hold it.
-        spread, keep = getattr(model, "is_distributed_loading_by_transformers", False), args.save_only_model
-        args.save_only_model = keep or spread
-        try:
-            super().__init__(model=model, args=args, **kwargs)
-        finally:
-            args.save_only_model = keep
 
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
@@ -88,6 +87,14 @@ class ParallelMixin:
     def gradients_are_split(self):
         """Whether no process has all gradients, so that torch's functions over `model.parameters()` do not serve."""
         return self._sharded_here or any(is_expert_parallel(parameter) for parameter in self.model.parameters())
+
+    def _run_epoch(self, *args, **kwargs):
+        # A resumed epoch's first batches are skipped by a sampler around the others, which on several processes is one
+        # more than Trainer's own `set_epoch` reaches through: it would go on with the order of the first epoch.
+        sampler = innermost_sampler(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     # -- the step
 

@@ -5,14 +5,15 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import gather_full_state_dict
 from recipes.logging_callbacks import read_metrics
 from recipes.model_loading import spread
 from tests.recipes.processes import FSDP, run_ranks
-from tests.recipes.tiny_run import SIZES, tiny_config, tiny_model, tiny_trainer
+from tests.recipes.test_row_order import stop_after
+from tests.recipes.tiny_run import SIZES, losses, tiny_config, tiny_model, tiny_trainer
 
 # As recipes/launch/fsdp2_ep.yaml: each process has its own experts, and reads them itself.
 FSDP_EP = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -52,20 +53,31 @@ def whole_gradient(parameter):
     return gradient.clone()
 
 
-def run(folder, layout="ddp", **changes):
-    """Trains three steps of two micro-batches -> what to compare, the same on every rank but for the weights."""
+def enter(layout):
+    """Sets what the launch file would; -> the settings."""
     environment, settings = LAYOUTS[layout]
     for name in FSDP:
         os.environ.pop(name, None)
     os.environ.update(environment)
+    return settings
+
+
+def build(folder, settings):
+    """A trainer with `ROWS` rows a micro-batch over all processes."""
+    rows = ROWS * settings.get("tensor_parallel_size", 1) // int(os.environ["WORLD_SIZE"])
+    settings = settings | {"per_device_train_batch_size": rows}
+    args = tiny_config(folder, **settings)
+    return tiny_trainer(folder, model=spread(args, tiny_model(args)), **settings)
+
+
+def run(folder, layout="ddp", **changes):
+    """Trains three steps of two micro-batches -> what to compare, the same on every rank but for the weights."""
+    settings = enter(layout)
     settings = {
         "max_steps": 3, "eval_steps": 3, "save_strategy": "no", "max_grad_norm": 0.0, "check_processes": False,
         "model_config": dict(SIZES, n_routed_experts=8),
     } | settings | changes  # fmt: skip
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    settings["per_device_train_batch_size"] = ROWS * settings.get("tensor_parallel_size", 1) // world
-    args = tiny_config(folder, **settings)
-    trainer = tiny_trainer(folder, model=spread(args, tiny_model(args)), **settings)
+    trainer, world = build(folder, settings), int(os.environ["WORLD_SIZE"])
     gradients = Gradients(trainer)
     trainer.add_callback(gradients)
     trainer.train()
@@ -127,3 +139,47 @@ def test_four_processes_equal_one_under_every_layout(tmp_path):
     expect(tmp_path)
     run_ranks(4, lambda rank: compare(tmp_path, LAYOUTS), tmp_path / "logs")
     run_ranks(4, lambda rank: compare(tmp_path, ("ep", "fsdp x ep"), expert_parallel_size=4), tmp_path / "logs_4")
+
+
+# ---------------------------------------------------------------- resume
+
+
+def train_until(folder, step, layout="ddp", last=5, **changes):
+    """Goes on with the run in `folder` up to `step`; at the last one saves the model."""
+    trainer = build(folder, {
+        "max_steps": last, "save_steps": 2, "eval_strategy": "no", "resume_from_checkpoint": "auto",
+        "check_processes": False, "model_config": dict(SIZES, n_routed_experts=8), **enter(layout), **changes,
+    })  # fmt: skip
+    if step < last:
+        stop_after(trainer, step)
+    trainer.train()
+    if step == last:
+        trainer.save_model()
+
+
+PATH = (("ep", 2), ("ddp", 1), ("fsdp x ep", 4), ("ep", 4), ("fsdp", 2))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_other_layouts(tmp_path):
+    """One step a layout, from each other's checkpoints: the curve and the model of a run that nobody interrupted."""
+    run_ranks(1, lambda rank: train_until(tmp_path / "one", 5), tmp_path / "logs")
+    for step, (layout, world) in enumerate(PATH, start=1):
+        work = lambda rank: train_until(tmp_path / "many", step, layout, save_steps=1)
+        run_ranks(world, work, tmp_path / f"logs_{step}")
+    curves = [losses(tmp_path / name) for name in ("one", "many")]
+    assert curves[1] == pytest.approx(curves[0], rel=2e-6) and set(curves[1]) == set(range(1, 6))
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "many"))
+    assert_close(many.state_dict(), one.state_dict(), rtol=0, atol=1e-4)
+    files = [{path.name for path in (tmp_path / name).iterdir() if path.is_file()} for name in ("one", "many")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_run_saves_plain_folders(tmp_path):
+    changes = {"save_only_model": True, "save_steps": 4, "resume_from_checkpoint": None}
+    run_ranks(1, lambda rank: train_until(tmp_path / "one", 5), tmp_path / "logs")
+    run_ranks(2, lambda rank: train_until(tmp_path / "two", 5, "tp", **changes), tmp_path / "logs_2")
+    for folder, other in (("two", "one"), ("two/checkpoint-4", "one/checkpoint-4")):
+        models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in (folder, other)]
+        assert_close(*models, rtol=0, atol=1e-4)
