@@ -7,6 +7,7 @@ directly, chunk by chunk. So the model is sharded here when its trainer has been
 
 What lies where:
     a decoder or MTP layer    a group of its own, gathered when it is computed, the next one meanwhile
+    a frozen MTP layer        sharded without a group: nobody computes it, for which FSDP2 has no place
     the embedding             a group of its own, unless it is the head too
     head, norm, other heads   the model's own group, gathered before the first layer and kept until the backward
     routers                   whole on each process, in fp32: small, and routing in 16 bits swaps near-tied experts;
@@ -19,12 +20,14 @@ Gradients of what is whole are averaged by `reduce_replicated_gradients`.
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from modeling_deepseek_r1.decoder import DeepSeekR1DecoderLayer
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import average_gradients
+from modeling_deepseek_r1.mtp import DeepSeekR1MTPLayer
 from modeling_deepseek_r1.routing import DeepSeekR1Router
 
 
@@ -61,8 +64,13 @@ def shard(model, device, compute_dtype=None, reshard_after_forward=True, offload
         raise ValueError("fsdp_cpu_ram_efficient_loading: true leaves the weights to the first process, and each needs "
                          "its own experts under expert_parallel_size; set it to false in the launch file")  # fmt: skip
     layers = [module for module in model.modules() if isinstance(module, DeepSeekR1DecoderLayer)]
+    idle = [layer for layer in layers if isinstance(layer, DeepSeekR1MTPLayer) and not _is_trained(layer)]
+    layers = [layer for layer in layers if layer not in idle]
     embedding = None if _is_tied(model) else model.get_input_embeddings()
-    placed = {}
+    mesh, placed = init_device_mesh(device.type, (dist.get_world_size(),)) if mesh is None else mesh, {}
+    for layer in idle:
+        _place(layer, device, experts, placed)
+        _lay_out(layer, mesh, experts)
     for unit in (*layers, embedding, model):
         if unit is not None:
             _place(unit, device, experts, placed)
@@ -77,11 +85,26 @@ def _is_tied(model):
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def _is_trained(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _lay_out(layer, mesh, experts):
+    """Makes the layer's parameters sharded tensors, as `fully_shard` lays them out."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in experts:
+                part = distribute_tensor(parameter.data, mesh, placements, src_data_rank=None)
+                module._parameters[name] = nn.Parameter(part, requires_grad=False)
+
+
 def _options(unit, model, experts, compute_dtype, offload, mesh, reshard_after_forward):
     """What `fully_shard` is given for one group."""
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    laid_out = {p for p in unit.parameters() if isinstance(p, DTensor) and not p.requires_grad}
     options = {
-        "ignored_params": experts | replicated_parameters(unit), "mp_policy": precision, "mesh": mesh,
+        "ignored_params": experts | replicated_parameters(unit) | laid_out, "mp_policy": precision, "mesh": mesh,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }  # fmt: skip
     # The model's own group is needed first in the backward: fully_shard keeps a root's weights unless told otherwise.

@@ -2,18 +2,23 @@
 
 import os
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import gather_full_state_dict
+from modeling_deepseek_r1.fused import set_fused_kernels
 from recipes.logging_callbacks import read_metrics
 from recipes.model_loading import spread
+from recipes.packed_rows import PackedRows
 from tests.recipes.processes import FSDP, run_ranks
 from tests.recipes.test_row_order import stop_after
-from tests.recipes.tiny_run import SIZES, losses, tiny_config, tiny_model, tiny_trainer
+from tests.recipes.tiny_run import LENGTH, SIZES, RandomRows, losses, tiny_config, tiny_model, tiny_trainer
 
 # As recipes/launch/fsdp2_ep.yaml: each process has its own experts, and reads them itself.
 FSDP_EP = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -183,3 +188,63 @@ def test_a_tensor_parallel_run_saves_plain_folders(tmp_path):
     for folder, other in (("two", "one"), ("two/checkpoint-4", "one/checkpoint-4")):
         models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in (folder, other)]
         assert_close(*models, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- context parallelism
+
+CUT = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2",
+              "PARALLELISM_CONFIG_CP_COMM_STRATEGY": "alltoall"}  # fmt: skip
+
+
+class OneDocument(RandomRows):
+    """No row has an end of a document in it."""
+
+    def __init__(self, rows, seed=0, stride=None):
+        self._ids = numpy.random.default_rng(seed).integers(0, SIZES["vocab_size"], rows * LENGTH)
+        only = numpy.zeros(1, numpy.int16)
+        PackedRows.__init__(self, len(self._ids), only, only + 3 * rows * LENGTH, only, ["all"], LENGTH, stride)
+
+
+def ring_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+    """What torch's ring attention computes, which has no kernels for CPUs; rows are whole in evaluation."""
+    order = torch.arange(LENGTH)
+    if module.training:
+        assert attention_mask is None and is_causal and query.shape[2] == LENGTH // 2
+        order = order.view(4, -1)[[0, 3, 1, 2]].flatten()  # each process has a part from the front and one from the back
+        query, key, value = (torch.cat(all_gather(part.contiguous()), 2)[:, :, order.argsort()]
+                             for part in (query, key, value))  # fmt: skip
+    scores = query @ key.transpose(2, 3) * scaling
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    output = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value)[:, :, order]
+    if module.training:
+        output = output.chunk(2, 2)[dist.get_rank()]
+    return output.transpose(1, 2), None
+
+
+def train_cut(folder, **changes):
+    settings = {
+        "max_steps": 3, "eval_steps": 3, "save_strategy": "no", "check_processes": False,
+        "model_config": dict(SIZES, mtp_loss_coef=0.0, seq_aux_loss_alpha=0.0), "per_device_train_batch_size": 2,
+    } | changes  # fmt: skip
+    set_fused_kernels(False)
+    args = tiny_config(folder, **settings)
+    model = tiny_model(args)
+    model.freeze_mtp()
+    tiny_trainer(folder, model=model, train_dataset=OneDocument(20), eval_dataset=OneDocument(5, 1, LENGTH - 1),
+                 **settings).train()  # fmt: skip
+
+
+@pytest.mark.slow
+def test_rows_cut_over_two_processes(tmp_path):
+    """Through accelerate's context parallelism: it cuts the batch and takes the masks away, the rest is ours."""
+    run_ranks(1, lambda rank: train_cut(tmp_path / "one"), tmp_path / "logs")
+
+    def work(rank):
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = ring_attention
+        train_cut(tmp_path / "two")
+        with pytest.raises(ValueError, match="mtp_loss_coef is positive under context parallelism"):
+            tiny_trainer(tmp_path / "three", check_processes=False)
+
+    run_ranks(2, work, tmp_path / "logs_2", CUT)
+    for ours, theirs in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
