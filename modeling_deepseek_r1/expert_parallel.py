@@ -32,6 +32,7 @@ What a recipe calls:
 All processes must run the same layers equally often, in evaluation and generation too: a forward is collective.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,8 @@ from .linear_weights import is_intercepted
 from .moe import DeepSeekR1MoE
 from .recomputation import computed_again
 from .training_experts import KERNELS, sort_pairs
+
+KINDS = ("gate_up_proj", "down_proj")  # the parameters of a layer's experts
 
 # ---- the exchange --------------------------------------------------------------------------------------------------
 
@@ -255,6 +258,17 @@ class ExpertParallelExperts(DeepSeekR1Experts):
             return output
         return output + sum(part[:0].sum() for part in inputs).to(output.dtype)
 
+    def __deepcopy__(self, memo):
+        """A copy that is split alike: process groups cannot be copied, and parameters lose what they were marked with."""
+        memo[id(self.expert_parallel_group)] = self.expert_parallel_group
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for kind in KINDS:
+            own = getattr(self, kind)
+            _marked(getattr(twin, kind), own.expert_parallel_group, own.expert_replica_group, own.global_shape,
+                    own.expert_gradient_scale)  # fmt: skip
+        return twin
+
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return self.combine(self.dispatch(hidden_states, top_k_index, top_k_weights), hidden_states.dtype)
 
@@ -349,6 +363,7 @@ def parallelise_experts(model, group=None, replicas=None, gradient_scale=None):
             module._ddp_params_and_buffers_to_ignore = [*kept, *ignored]
     if hasattr(model, "decoding"):
         model.decoding.enabled = False
+    model._is_fsdp_managed_module = True  # the library's mark: `generate` goes on until all processes are done
     return model
 
 
@@ -357,7 +372,7 @@ def _check_experts(name, layer, size):
     if type(layer) is not DeepSeekR1MoE or type(experts) is not DeepSeekR1Experts:
         raise ValueError(f"{name} is a {type(layer).__name__} with {type(experts).__name__}: split the experts of a "
                          "plain model, once, before adapters, quantisation or wrappers")  # fmt: skip
-    for kind in ("gate_up_proj", "down_proj"):
+    for kind in KINDS:
         parameter = getattr(experts, kind)
         if type(parameter.data) is not torch.Tensor or parameter.shape[0] != experts.num_experts:
             raise ValueError(f"{name}.experts.{kind} is a {type(parameter.data).__name__} of shape "
@@ -371,17 +386,23 @@ def _check_experts(name, layer, size):
 def _split_experts(layer, group, replicas, size, rank, scale):
     experts = layer.experts
     local = experts.num_experts // size
-    for kind in ("gate_up_proj", "down_proj"):
+    for kind in KINDS:
         whole = getattr(experts, kind)
         part = nn.Parameter(whole.data[rank * local : (rank + 1) * local].clone(), requires_grad=whole.requires_grad)
-        part.expert_parallel_group, part.expert_replica_group, part.global_shape = group, replicas, whole.shape
-        if part.requires_grad and scale != 1.0:
-            part.register_hook(lambda grad: grad * scale)
-        setattr(experts, kind, part)
+        setattr(experts, kind, _marked(part, group, replicas, whole.shape, scale))
     experts.global_num_experts, experts.first_expert, experts.num_experts = experts.num_experts, rank * local, local
     experts.expert_parallel_group = group
     experts._is_expert_parallel = size > 1  # the library's mark: indices may be another process' experts
     experts.__class__, layer.__class__ = ExpertParallelExperts, ExpertParallelMoE
+
+
+def _marked(part, group, replicas, shape, scale):
+    """`part` with what tells it from a whole parameter, and its gradient times `scale`."""
+    part.expert_parallel_group, part.expert_replica_group, part.global_shape = group, replicas, shape
+    part.expert_gradient_scale = scale
+    if part.requires_grad and scale != 1.0:
+        part.register_hook(lambda grad: grad * scale)
+    return part
 
 
 def is_expert_parallel(parameter):

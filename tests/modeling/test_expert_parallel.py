@@ -2,6 +2,7 @@
 
 import copy
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -259,6 +260,19 @@ def check_evaluation_and_generation(folder):
         close(model(input_ids=mine).logits, whole(input_ids=joined).logits[rows])
     expected = whole.generate(joined, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(mine, max_new_tokens=4, min_new_tokens=4, do_sample=False), expected[rows])
+    longer = 2 + 3 * dist.get_rank()  # each waits for the last
+    ids = model.generate(mine, max_new_tokens=longer, min_new_tokens=longer, do_sample=False)
+    assert torch.equal(ids[:, : LENGTH + 2], expected[rows][:, : LENGTH + 2]) and ids.shape[1] == LENGTH + longer
+
+
+def check_copies(folder):
+    """A copy is split alike: its experts are each process' own, and their gradients are scaled once."""
+    whole = whole_model()
+    model = copy.deepcopy(parallelise_experts(copy.deepcopy(whole)))
+    assert len(expert_parameters(model)) == 2
+    joined, mine = batches()
+    close(step(model, mine), step(whole, joined, split=False))
+    assert_same(model, whole)
 
 
 def check_checkpoints(folder):
@@ -370,7 +384,7 @@ TWO = [
     check_a_token_goes_once_to_a_process, check_refusals, check_uneven_loads, check_grouped,
     check_eager_without_fused_functions, check_checkpointing, check_one_layer_under_checkpoint, check_ddp, check_fsdp,
     check_shared_experts_overlap, check_bfloat16, check_frozen_parts, check_evaluation_and_generation,
-    check_checkpoints,
+    check_checkpoints, check_copies,
 ]  # fmt: skip
 
 
@@ -384,7 +398,8 @@ def check_replicas(folder):
 
 def work(rank, world, folder, checks):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    wait = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
     for check in checks:
         try:
             check(folder)
