@@ -259,7 +259,7 @@ class ExpertParallelExperts(DeepSeekR1Experts):
         return output + sum(part[:0].sum() for part in inputs).to(output.dtype)
 
     def __deepcopy__(self, memo):
-        """A copy that is split alike: process groups cannot be copied, and parameters lose what they were marked with."""
+        """A copy that is split alike: process groups are not copied, and parameters lose what they were marked with."""
         memo[id(self.expert_parallel_group)] = self.expert_parallel_group
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

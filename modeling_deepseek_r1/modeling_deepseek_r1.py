@@ -174,7 +174,8 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         position_ids (B or 1, S) or None; token_mask: as `forward` takes it.
         """
         rows, length = inputs_embeds.shape[:2]
-        mask_positions = position_ids if self.documents_apart else None  # positions made here hide no packed documents; looking for them waits for a GPU
+        # Positions made here hide no packed documents; looking for them waits for a GPU.
+        mask_positions = position_ids if self.documents_apart else None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + seen

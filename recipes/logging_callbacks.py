@@ -285,7 +285,8 @@ class SampleCallback(TrainerCallback):
 
     def _run(self, args, state, model):
         # FSDP2 and expert parallelism mark a model whose forward takes all processes.
-        sharded = args.deepspeed is not None or getattr(getattr(model, "module", model), "_is_fsdp_managed_module", False)
+        marked = getattr(getattr(model, "module", model), "_is_fsdp_managed_module", False)
+        sharded = marked or args.deepspeed is not None
         if not self.prompts or state.global_step == self.last_step or not (state.is_world_process_zero or sharded):
             return
         self.last_step = state.global_step

@@ -47,6 +47,9 @@ class ParallelSettings:
         1, "Processes that compute the same rows, each with a part of every matrix (tensor_parallel.yaml)."
     )
 
+    # Those of the sizes that the stage can do with; others are refused.
+    spreads = ("expert_parallel_size", "tensor_parallel_size")
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("expert_parallel_size", "tensor_parallel_size"):
@@ -54,10 +57,19 @@ class ParallelSettings:
             if size < 1 or self.world_size % size:
                 raise ValueError(f"{name}={size} must divide the {self.world_size} processes of this run; use one of "
                                  f"{divisors(self.world_size)}, or launch more")  # fmt: skip
+            if size > 1 and name not in self.spreads:
+                raise ValueError(f"{name}={size}: this stage is not made for it; use 1, with ddp.yaml or fsdp2.yaml")
         if self.expert_parallel_size > 1:
             self._check_alone("expert_parallel_size", self._obstacles_of_experts())
         if self.tensor_parallel_size > 1:
             self._check_alone("tensor_parallel_size", self._obstacles_of_tensors())
+
+        tasks = getattr(self, "eval_tasks", None)
+        spread = self.expert_parallel_size * self.tensor_parallel_size > 1 or launched_with(self, "FSDP")
+        if tasks and spread:
+            raise ValueError(f"eval_tasks={tasks}: each process answers problems of its own, with a whole model, and "
+                             "this one is spread over processes; leave it out, and evaluate the saved folder with "
+                             "recipes/eval.py")  # fmt: skip
 
     def _check_alone(self, name, obstacles):
         for present, why in obstacles:
@@ -74,16 +86,14 @@ class ParallelSettings:
             (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "
              "models: use ema_decay=0"),
             (adapters, "adapters or a quantised model, which wrap the experts: use expert_parallel_size=1"),
-            (getattr(self, "eval_tasks", None), f"eval_tasks={getattr(self, 'eval_tasks', None)}, whose answers end at "
-             "another step on each process: leave it out and evaluate the saved folder with recipes/eval.py"),
         )  # fmt: skip
 
     def _obstacles_of_tensors(self):
         adapters = getattr(self, "lora_rank", 0) or getattr(self, "load_in_4bit", False)
         resumes = str(getattr(self.save_strategy, "value", self.save_strategy)) != "no" and not self.save_only_model
         return (
-            (launched_with(self, "DEEPSPEED") or launched_with(self, "FSDP"), "DeepSpeed or FSDP, which shard the model "
-             "once more: use tensor_parallel.yaml"),
+            (launched_with(self, "DEEPSPEED") or launched_with(self, "FSDP"), "DeepSpeed or FSDP, which shard the "
+             "model once more: use tensor_parallel.yaml"),
             (resumes or getattr(self, "async_save", False), "checkpoints to resume from, which neither the library nor "
              "these recipes write of such a model: set save_only_model=true, or save_strategy=no"),
             (getattr(self, "ema_decay", 0.0), f"ema_decay={getattr(self, 'ema_decay', 0.0)}, which averages whole "

@@ -3,7 +3,7 @@
 accelerate 1.15 would shard such a model itself, by the names of layer classes. It would then reduce gradients, and
 return losses, in the 16-bit compute dtype, round the routers' weights to it, fail at the routing bias (a buffer) where
 only the first process reads the weights, and put hooks around the head, which our cross-entropy multiplies with
-directly, chunk by chunk. So the model is sharded here when its trainer has been built, and accelerate takes it as it is.
+directly, chunk by chunk. So the model is sharded here when its trainer has been built; accelerate takes it as it is.
 
 What lies where:
     a decoder or MTP layer    a group of its own, gathered when it is computed, the next one meanwhile

@@ -104,7 +104,8 @@ def records(folder):
 
 def assert_close(found, expected, **tolerance):
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text: f"{name}: {text}", check_dtype=False, **tolerance)
+        say = lambda text: f"{name}: {text}"
+        torch.testing.assert_close(found[name], value, msg=say, check_dtype=False, **tolerance)
 
 
 def compare(folder, layouts, **changes):
@@ -210,7 +211,7 @@ def ring_attention(module, query, key, value, attention_mask, scaling, dropout=0
     order = torch.arange(LENGTH)
     if module.training:
         assert attention_mask is None and is_causal and query.shape[2] == LENGTH // 2
-        order = order.view(4, -1)[[0, 3, 1, 2]].flatten()  # each process has a part from the front and one from the back
+        order = order.view(4, -1)[[0, 3, 1, 2]].flatten()  # each process has one part of the front and one of the back
         query, key, value = (torch.cat(all_gather(part.contiguous()), 2)[:, :, order.argsort()]
                              for part in (query, key, value))  # fmt: skip
     scores = query @ key.transpose(2, 3) * scaling
