@@ -23,6 +23,14 @@ def balanced_model(model):
     )
 
 
+def leave_to_each_process(model):
+    """Keeps DDP from copying the first process' expert counts to the others, and from averaging split experts; `model`
+    is what DDP wraps: names are with those of whatever stands around the DeepSeek model."""
+    counts = [name for name, _ in model.named_buffers() if name.endswith("load_counts")]
+    split = [name for name, parameter in model.named_parameters() if is_expert_parallel(parameter)]
+    model._ddp_params_and_buffers_to_ignore = counts + split
+
+
 class ExpertBalanceCallback(TrainerCallback):
     """Keeps the load of the experts even while a HF or TRL trainer trains.
 
@@ -47,9 +55,7 @@ class ExpertBalanceCallback(TrainerCallback):
                 smoothing,
                 smoothing,
             )
-        counts = [name for name, _ in model.named_buffers() if name.endswith("load_counts")]
-        split = [name for name, parameter in model.named_parameters() if is_expert_parallel(parameter)]
-        model._ddp_params_and_buffers_to_ignore = counts + split
+        leave_to_each_process(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = balanced_model(model)

@@ -2,6 +2,7 @@
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_deepseek_r1 import DeepSeekR1Model
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
@@ -34,18 +35,25 @@ class ParallelMixin:
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
         self._prepare_for_cut_rows()
+        if self.shards(self.model):
+            self._sharded_here = True
+            # What is left for accelerate is nothing: it must not look for layer classes, nor spread weights again.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.auto_wrap_policy, plugin.cpu_ram_efficient_loading = None, False
+
+    def shards(self, model):
+        """Shards `model`, the trained one or one beside it, where it is one of ours and the launch file asks for FSDP2;
+        -> whether it was."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or plugin.fsdp_version != 2 or is_sharded(self.model) or not can_shard(self.model):
-            return
+        if plugin is None or plugin.fsdp_version != 2 or is_sharded(model) or not can_shard(model):
+            return False
         mesh, parallelism = self.accelerator.torch_device_mesh, self.accelerator.parallelism_config
         shard(
-            self.model, self.accelerator.device, self._compute_dtype(), plugin.reshard_after_forward,
+            model, self.accelerator.device, self._compute_dtype(), plugin.reshard_after_forward,
             offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             mesh=None if mesh is None else mesh[tuple(parallelism.fsdp_dim_names)],
         )  # fmt: skip
-        self._sharded_here = True
-        # What is left for accelerate to do is nothing: it must not look for layer classes, nor spread weights again.
-        plugin.auto_wrap_policy, plugin.cpu_ram_efficient_loading = None, False
+        return True
 
     def _prepare_for_cut_rows(self):
         """Under context parallelism attention has no masks, and no process sees the labels beyond its part of a row."""
@@ -89,6 +97,9 @@ class ParallelMixin:
         return self._sharded_here or any(is_expert_parallel(parameter) for parameter in self.model.parameters())
 
     def _run_epoch(self, *args, **kwargs):
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            split = {name for name, p in self.model_wrapped.module.named_parameters() if is_expert_parallel(p)}
+            assert split <= set(self.model_wrapped.parameters_to_ignore), "DDP would average experts that differ"
         # A resumed epoch's first batches are skipped by a sampler around the others, which on several processes is one
         # more than Trainer's own `set_epoch` reaches through: it would go on with the order of the first epoch.
         sampler = innermost_sampler(kwargs["train_dataloader"])

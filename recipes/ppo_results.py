@@ -7,6 +7,10 @@ from recipes.rl_results import RecipeRLMixin, announce_run
 class RecipePPOTrainer(RecipeRLMixin, PPOTrainer):
     """`PPOTrainer` with checkpoints that survive a kill and tokens/s."""
 
+    def create_optimizer(self, *args, **kwargs):
+        # Here, outermost: the recipes' choice of an optimizer does not ask the trainers below it.
+        return self.part_value_function(super().create_optimizer(*args, **kwargs))
+
 
 def announce(trainer, facts):
     """The head of a run, printed and stored."""

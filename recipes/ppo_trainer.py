@@ -67,14 +67,17 @@ class PPOTrainer(PPOCheckpointMixin, RolloutMixin, GRPOTrainer):
         return bool(args.kl_coef)
 
     def create_optimizer(self, *args, **kwargs):
+        return self.part_value_function(super().create_optimizer(*args, **kwargs))
+
+    def part_value_function(self, optimizer):
         """The value function's parameters in groups of their own, where it has a learning rate of its own; also in an
         optimizer that was made without them."""
-        optimizer, rate = super().create_optimizer(*args, **kwargs), self.args.value_learning_rate
+        rate = self.args.value_learning_rate
         of_value = {id(each): each for each in self._policy().value_head.parameters() if each.requires_grad}
         absent = dict(of_value)
         for group in list(optimizer.param_groups):
             moved = [each for each in group["params"] if absent.pop(id(each), None) is not None]
-            if moved and rate != self.args.learning_rate:
+            if moved and rate != group["lr"]:
                 group["params"] = [each for each in group["params"] if id(each) not in of_value]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
         if absent:

@@ -14,7 +14,7 @@ from trl.trainer.utils import (
     get_config_model_id,
 )
 
-from recipes.callbacks import ExpertBalanceCallback, balanced_model
+from recipes.callbacks import ExpertBalanceCallback, balanced_model, leave_to_each_process
 from recipes.reward_functions import ModelReward, checked
 from recipes.reward_scoring import load_reward_model
 
@@ -109,8 +109,9 @@ def prepare_frozen(model, trainer, shard=True):
     """A model that is only read, as the trainer's accelerator wants it; `shard`: spread over the processes by FSDP."""
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled and shard:
-        return prepare_fsdp(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled and shard:  # as the policy, so that both compute alike
+        own = hasattr(trainer, "shards") and trainer.shards(model)
+        return model if own else prepare_fsdp(model, trainer.accelerator)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
 
@@ -211,10 +212,9 @@ class RolloutBalanceCallback(ExpertBalanceCallback):
 
 
 def count_alone(model):
-    """Keeps DDP from copying the first rank's expert counts to the others, those of a value model too."""
+    """`leave_to_each_process`, for a model that now has a value model in it too."""
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-        names = [name for name, _ in model.named_buffers() if name.endswith("load_counts")]
-        model._ddp_params_and_buffers_to_ignore = names
+        leave_to_each_process(model)
 
 
 def balanced_parts(model):

@@ -292,3 +292,14 @@ def test_bad_prompts_are_named(base, tmp_path, rows, message):
     args = parse_config(PPORecipeConfig, arguments(base, tmp_path / "out", "--dataset_name", str(tmp_path)))
     with pytest.raises(ValueError, match=message):
         build_prompts(args, AutoTokenizer.from_pretrained(base / "model"))
+
+
+@pytest.mark.parametrize("kind", ["torch", "fused", "muon"])
+def test_the_value_function_has_its_learning_rate_under_every_optimizer(base, tmp_path, kind):
+    args = parse_config(PPORecipeConfig, arguments(base, tmp_path, "--optimizer", kind))
+    trainer = ppo.build_trainer(args, AutoTokenizer.from_pretrained(base / "model"))
+    trainer.create_optimizer()
+    value = {id(parameter) for parameter in trainer.model.value_head.parameters()}
+    rates = [(id(p) in value, group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert set(rates) == {(True, 10 * args.learning_rate), (False, args.learning_rate)} and len(value) == 6
+    assert len(rates) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
