@@ -10,11 +10,12 @@ from .documents import document_attention
 from .experts import compute_dtype
 from .flash_attention import attends_unpadded, flash_attention_4
 from .fused import runs_fused
-from .linear_weights import is_plain
+from .linear_weights import is_intercepted, is_plain
 from .norms import DeepSeekR1RMSNorm
 from .rotary import rotate, softmax_scale
-from .training_blocks import can_turn_in_place, fused_queries_keys
+from .training_blocks import can_turn_in_place, fused_queries_keys, fused_split_rms_norm
 from .training_cpu import CausalAttentionFunction, attends
+from .training_linear import fused_two_linears
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -147,6 +148,23 @@ class DeepSeekR1LatentAttention(nn.Module):
         )
         return self.flat_queries(hidden_states), self.kv_b_proj(self.kv_a_layernorm(latent)), key_rope
 
+    def project_fused(self, hidden_states):
+        """`project` with one gradient for the hidden states and one for the compressed latents and rotary key, where
+        nobody has a hand in between."""
+        first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        second, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
+        plain = is_plain(first) and is_plain(second) and type(norm) is DeepSeekR1RMSNorm and not is_intercepted(norm)
+        if not (plain and torch.is_grad_enabled() and runs_fused(hidden_states, first.weight, second.weight)):
+            return self.project(hidden_states)
+        dtype = compute_dtype(hidden_states)
+        queries, compressed = fused_two_linears(*(x.to(dtype) for x in (hidden_states, first.weight, second.weight)))
+        latent, key_rope = fused_split_rms_norm(
+            compressed, norm.weight, norm.variance_epsilon, norm.output_dtype(compressed)
+        )
+        if self.q_lora_rank is not None:
+            queries = self.q_b_proj(self.q_a_layernorm(queries))
+        return queries, self.kv_b_proj(latent), key_rope
+
     def attend_on_cpu(self, hidden_states, position_embeddings, attention_mask):
         """The whole of `forward` up to the output projection, without a cache, where `runs_on_cpu`."""
         queries, expanded, key_rope = self.project(hidden_states)
@@ -157,7 +175,7 @@ class DeepSeekR1LatentAttention(nn.Module):
 
     def attend_fused(self, hidden_states, position_embeddings, attention_mask, **kwargs):
         """The whole of `forward` up to the output projection, without a cache: queries and keys in one pass."""
-        queries, expanded, key_rope = self.project(hidden_states)
+        queries, expanded, key_rope = self.project_fused(hidden_states)
         config, last = self.config, self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries, keys, values = fused_queries_keys(
             queries, expanded, key_rope, *position_embeddings, config.qk_nope_head_dim, config.qk_rope_head_dim,

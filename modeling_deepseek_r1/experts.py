@@ -64,13 +64,16 @@ class DeepSeekR1Experts(nn.Module):
             and self.hidden_dim % 8 == self.intermediate_dim % 8 == 0
         )
 
-    def fused(self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False):
-        """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`:
-        see `fused_experts`."""
+    def fused(
+        self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False,
+        shared_weights=None,
+    ):  # fmt: skip
+        """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`,
+        `shared_weights`: see `fused_experts`."""
         dtype = compute_dtype(hidden_states)
         return fused_experts(
             hidden_states.to(dtype), top_k_weights, *sort_pairs(top_k_index, self.num_experts),
-            self.gate_up_proj.to(dtype), self.down_proj.to(dtype), residual, shared, recompute,
+            self.gate_up_proj.to(dtype), self.down_proj.to(dtype), residual, shared, recompute, shared_weights,
         )  # fmt: skip
 
 
