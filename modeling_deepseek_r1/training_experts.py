@@ -159,7 +159,8 @@ def _grouped_weight_gradient(left, right, offsets):
 
 
 class _FusedExperts(torch.autograd.Function):
-    """See `fused_experts`. Of row-sized tensors the inputs and the gate-up products are saved; none with `recompute`.
+    """See `fused_experts`. Of row-sized tensors the inputs of both products and what lies between are saved; none with
+    `recompute`.
 
     `mlp`: nothing, or the shared experts' gate, up and down weights; their kernels run `beside` the routed experts'.
     """
@@ -178,10 +179,9 @@ class _FusedExperts(torch.autograd.Function):
                 shared, mlp = gated_mlp_forward(states, *mlp, recompute)
         rows = run.gather_rows(hidden, back, offsets, back.numel(), gate_up.dtype)
         gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
-        ctx.save_for_backward(*inputs, *mlp, *(() if recompute else (rows, gated)))
-        del rows
         inner = run.gate_rows(gated, top_k_weights, order, offsets)
-        del gated
+        ctx.save_for_backward(*inputs, *mlp, *(() if recompute else (rows, gated, inner)))
+        del rows, gated
         rows = _grouped_product(inner, down.transpose(-2, -1), offsets)
         del inner
         if mlp:
@@ -217,18 +217,19 @@ class _FusedExperts(torch.autograd.Function):
 
 def _routed_gradients(grad, hidden, top_k_weights, order, back, offsets, gate_up, down, saved, needs):
     """`grad` (T, D) of the sums -> of the gathered rows (N, D), the gate values, gate_up and down; each None where
-    `needs`, by the place of the input, says so. `saved`: the rows and the gate-up product, or nothing."""
+    `needs`, by the place of the input, says so. `saved`: rows, gate-up product and gated product, or nothing."""
     for_hidden, for_weights, _, _, _, for_gate_up, for_down = needs[:7]
     run, dtype, pairs = _functions(hidden.device), gate_up.dtype, back.numel()
-    rows, gated = saved or (None, None)
+    rows, gated, inner = saved or (None, None, None)
     if not saved:
         gated = _grouped_product(run.gather_rows(hidden, back, offsets, pairs, dtype), gate_up.mT, offsets)
     grad_rows = run.gather_rows(grad, back, offsets, pairs, dtype)
     grad_inner = _grouped_product(grad_rows, down, offsets)
-    grad_gated, inner, grad_weights = run.gate_rows_backward(
-        gated, top_k_weights, order, offsets, grad_inner, with_output=for_down, in_place=not saved
+    grad_gated, again, grad_weights = run.gate_rows_backward(
+        gated, top_k_weights, order, offsets, grad_inner, with_output=for_down and not saved, in_place=not saved
     )
-    del gated, grad_inner
+    inner = inner if saved else again
+    del gated, grad_inner, again
     grad_down = _grouped_weight_gradient(grad_rows, inner, offsets) if for_down else None
     del grad_rows, inner
     grad_gate_up = None
@@ -260,9 +261,9 @@ def fused_experts(
     What the shared experts add is given as `shared`, or made here, beside the routed experts, from `shared_weights`.
 
     The matmuls run in the dtype of gate_up and down, whatever the dtypes of hidden and residual; gate, sums and the
-    weights' gradients are in fp32. `recompute` spares the memory of the gathered rows (N, D) and of the gate-up
-    product (N, 2 I) for two gathers and a grouped matmul more in the backward. Pairs of other ranks' experts add
-    nothing and receive no gradient.
+    weights' gradients are in fp32. `recompute` spares the memory of the gathered rows (N, D), of the gate-up product
+    (N, 2 I) and of the gated one (N, I) for two gathers, a grouped matmul and a write of (N, I) more in the backward.
+    Pairs of other ranks' experts add nothing and receive no gradient.
 
     Shapes: hidden (T, D), top_k_weights (T, K) any float dtype, order, back, offsets from `sort_pairs`,
     gate_up (E, 2 I, D), down (E, D, I) of one dtype, residual and shared (T, D) or None, shared_weights: gate (J, D),
