@@ -177,7 +177,7 @@ class _FusedExperts(torch.autograd.Function):
             states = hidden.to(gate_up.dtype)
             with beside(hidden):
                 shared, mlp = gated_mlp_forward(states, *mlp, recompute)
-        rows = run.gather_rows(hidden, back, offsets, back.numel(), gate_up.dtype)
+        rows = run.gather_rows(hidden, back, offsets, order.numel(), gate_up.dtype)
         gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
         inner = run.gate_rows(gated, top_k_weights, order, offsets)
         ctx.save_for_backward(*inputs, *mlp, *(() if recompute else (rows, gated, inner)))
@@ -206,7 +206,9 @@ class _FusedExperts(torch.autograd.Function):
             states = hidden.to(gate_up.dtype)
             with beside(hidden):
                 grad_states, *grads_mlp = gated_mlp_backward(narrow, states, mlp, ctx.recompute, needs[0], *needs[10:])
-        rows, grad_weights, *grads_experts = _routed_gradients(narrow, *inputs, saved, needs)
+        rows, grad_weights, *grads_experts = (
+            _routed_gradients(narrow, *inputs, saved, needs) if any(needs[:7]) else [None] * 4
+        )
         if mlp:
             join(hidden)
         if needs[0]:
@@ -219,7 +221,7 @@ def _routed_gradients(grad, hidden, top_k_weights, order, back, offsets, gate_up
     """`grad` (T, D) of the sums -> of the gathered rows (N, D), the gate values, gate_up and down; each None where
     `needs`, by the place of the input, says so. `saved`: rows, gate-up product and gated product, or nothing."""
     for_hidden, for_weights, _, _, _, for_gate_up, for_down = needs[:7]
-    run, dtype, pairs = _functions(hidden.device), gate_up.dtype, back.numel()
+    run, dtype, pairs = _functions(hidden.device), gate_up.dtype, order.numel()
     rows, gated, inner = saved or (None, None, None)
     if not saved:
         gated = _grouped_product(run.gather_rows(hidden, back, offsets, pairs, dtype), gate_up.mT, offsets)
