@@ -20,7 +20,7 @@ except ImportError:  # the torch form serves then
     triton = None
 
 BLOCK, WARPS = 2048, 8  # 16 bytes a load in bf16, eight loads of 16 bytes under way in fp32
-LEAST_ELEMENTS = 1 << 16  # smaller tensors go through torch's list operations, all of them in a dozen launches
+LEAST_ELEMENTS = 1 << 16  # smaller fp32 tensors go through torch's list operations, all of them in a dozen launches
 MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))  # shifts and factors of a 32-bit hash with little bias, as in `_hash`
 
 
@@ -59,8 +59,10 @@ if triton is not None:
 
 
 def has_kernel(weight):
-    """Whether `adamw_` serves this weight: large, whole, on CUDA. Others are for `adamw_lists_`."""
-    return triton is not None and weight.is_cuda and weight.numel() >= LEAST_ELEMENTS and weight.is_contiguous()
+    """Whether `adamw_` serves this weight: large or narrow, whole, on CUDA. Others are for `adamw_lists_`, which casts
+    narrow tensors one by one, four launches for the kernel's one."""
+    least = LEAST_ELEMENTS if weight.element_size() >= 4 else 1
+    return triton is not None and weight.is_cuda and weight.numel() >= least and weight.is_contiguous()
 
 
 def coefficients(lr, beta1, beta2, eps, weight_decay, step):

@@ -6,6 +6,7 @@ other tests run everywhere.
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def groups_of(weights):
 
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+@pytest.mark.parametrize("count, dtype, expected", [
+    (1 << 16, FP32, True), (1024, FP32, False), (1024, BF16, True), (0, BF16, False),
+])  # fmt: skip
+def test_who_updates_a_weight(count, dtype, expected):
+    weight = torch.zeros(count, dtype=dtype)
+    assert not kernels_adamw.has_kernel(weight)
+    on_a_gpu = SimpleNamespace(is_cuda=True, **{name: getattr(weight, name) for name in
+                                                ("numel", "element_size", "is_contiguous")})  # fmt: skip
+    assert kernels_adamw.has_kernel(on_a_gpu) == expected
 
 
 @pytest.mark.parametrize("max_norm", [1.0, 1000.0, 0.0])
