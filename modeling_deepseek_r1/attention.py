@@ -153,8 +153,15 @@ class DeepSeekR1LatentAttention(nn.Module):
         nobody has a hand in between."""
         first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
         second, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
-        plain = is_plain(first) and is_plain(second) and type(norm) is DeepSeekR1RMSNorm and not is_intercepted(norm)
-        if not (plain and torch.is_grad_enabled() and runs_fused(hidden_states, first.weight, second.weight)):
+        # A subclass may multiply in its own way.
+        kinds = type(first), type(second), type(norm)
+        plain = kinds == (nn.Linear, nn.Linear, DeepSeekR1RMSNorm) and is_plain(first) and is_plain(second)
+        if (
+            not plain
+            or is_intercepted(norm)
+            or not torch.is_grad_enabled()
+            or not runs_fused(hidden_states, first.weight, second.weight)
+        ):
             return self.project(hidden_states)
         dtype = compute_dtype(hidden_states)
         queries, compressed = fused_two_linears(*(x.to(dtype) for x in (hidden_states, first.weight, second.weight)))

@@ -125,5 +125,6 @@ class DeepSeekR1MoE(nn.Module):
             type(shared) is DeepSeekR1MLP
             and torch.is_grad_enabled()
             and not is_intercepted(shared)
+            and all(type(part) is nn.Linear for part in (shared.gate_proj, shared.up_proj, shared.down_proj))
             and shared.runs_fused(hidden_states)
         )
