@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .compute_copies import in_dtype
 from .experts import DeepSeekR1Experts, compute_dtype
 from .fused import runs_fused
 from .linear_weights import is_intercepted, is_plain
@@ -34,7 +35,7 @@ class DeepSeekR1MLP(nn.Module):
     ):
         if self.runs_fused(hidden_states):
             dtype = compute_dtype(hidden_states)
-            weights = (linear.weight.to(dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
+            weights = (in_dtype(linear.weight, dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
             rows = hidden_states.flatten(0, -2).to(dtype)
             output = fused_gated_mlp(rows, *weights, self.recompute and self.training).view(hidden_states.shape)
         elif self.recompute:
