@@ -1,6 +1,6 @@
 """Training with kept bf16 copies of fp32 weights against training that casts anew: the same numbers to the last bit.
 
-In the plain path, where only experts and queries take copies; the fused one is in test_fused.py.
+In the plain path, where only experts, queries and MTP's projection take copies; the fused one is in test_fused.py.
 """
 
 import copy
