@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .compute_copies import in_dtype
 from .experts import DeepSeekR1Experts, compute_dtype
 from .fused import runs_fused
 from .linear_weights import is_intercepted, is_plain
@@ -48,7 +49,7 @@ class DeepSeekR1MLP(nn.Module):
     def weights(self, hidden_states):
         """Of gate, up and down in the dtype in which they compute."""
         dtype = compute_dtype(hidden_states)
-        return [linear.weight.to(dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        return [in_dtype(linear.weight, dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj)]
 
     def runs_fused(self, hidden_states):
         linears = (self.gate_proj, self.up_proj, self.down_proj)
