@@ -32,6 +32,7 @@ What a recipe calls:
 All processes must run the same layers equally often, in evaluation and generation too: a forward is collective.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +47,8 @@ from .moe import DeepSeekR1MoE
 from .recomputation import computed_again
 from .training_experts import KERNELS, sort_pairs
 
+KINDS = ("gate_up_proj", "down_proj")  # the parameters of a layer's experts
+
 # ---- the exchange --------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +56,8 @@ from .training_experts import KERNELS, sort_pairs
 class Route:
     """Where the rows of one layer's tokens go. Shapes (T tokens, W processes): back (T, W) int32, the place of token
     t's row for process w among the S rows sent, S or more if there is none; order (S,) int32 the entries t * W + w by
-    place; ends (W,) int32 ends of the processes' runs. `sent`, `received`: rows to and from each process.
+    place; ends (W,) int32 ends of the processes' runs. `sent`, `received`: rows to and from each process; `pairs`:
+    (token, choice) pairs of this process' experts among those received.
 
     `pending`: the exchanges under way, each with the tensor that is being read until it ends; `gradients`: of what was
     sent, on their way back, from `_Arrive` to `_Dispatch`.
@@ -65,6 +69,7 @@ class Route:
     ends: torch.Tensor
     sent: list
     received: list
+    pairs: int | None = None
     pending: list = field(default_factory=list)
     gradients: tuple = ()
 
@@ -92,13 +97,13 @@ def plan_route(owners, group):
     """owners (T, K), the process in `group` that holds each choice -> Route. Waits for the device and the others."""
     size = dist.get_world_size(group)
     ranks = torch.arange(size, device=owners.device)
-    present = (owners.unsqueeze(-1) == ranks).any(1)
-    order, back, ends = sort_pairs(torch.where(present, ranks, size), size)
-    sent = ends.diff(prepend=ends.new_zeros(1))
+    chosen = owners.unsqueeze(-1) == ranks
+    order, back, ends = sort_pairs(torch.where(chosen.any(1), ranks, size), size)
+    sent = torch.stack((ends.diff(prepend=ends.new_zeros(1)), chosen.sum((0, 1), dtype=torch.int32)), -1)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    sent, received = torch.stack((sent, received)).tolist()
-    return Route(group, order[: sum(sent)], back.view(-1, size), ends, sent, received)
+    (sent, _), (received, pairs) = torch.stack((sent, received)).transpose(1, 2).tolist()
+    return Route(group, order[: sum(sent)], back.view(-1, size), ends, sent, received, sum(pairs))
 
 
 def _take_rows(source, route, dtype):
@@ -128,16 +133,20 @@ def _add_rows(rows, route, dtype, residual=None, shared=None):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Starts to send hidden (T, D) and weights (T, K) -> rows (R, D) and weights (R, K), not to be read before
-    `_Arrive`. Its backward waits for the gradients, which come by way of `route`: their number of rows is another than
-    that of what they are gradients of, and autograd would refuse them."""
+    """Starts to send hidden (T, D), weights and index (T, K) -> rows (R, D), weights (R, K) float32 and index (R, K)
+    int32, not to be read before `_Arrive`. Its backward waits for the gradients, which come by way of `route`: their
+    number of rows is another than that of what they are gradients of, and autograd would refuse them."""
 
     @staticmethod
-    def forward(ctx, hidden, weights, owners, route, dtype):
+    def forward(ctx, hidden, weights, index, owners, route, dtype):
         ctx.route, ctx.dtypes = route, (hidden.dtype, weights.dtype)
         ctx.save_for_backward(owners)
         rows = route.start(_take_rows(hidden, route, dtype))
-        return rows, route.start(weights.float().index_select(0, route.order // route.back.shape[1]))
+        choices = torch.cat((index.int(), weights.float().view(torch.int32)), -1)  # in one exchange: they are small
+        choices = route.start(choices.index_select(0, route.order // route.back.shape[1]))
+        index, weights = choices.chunk(2, -1)
+        ctx.mark_non_differentiable(index)
+        return rows, weights.view(torch.float32), index
 
     @staticmethod
     @once_differentiable
@@ -152,7 +161,7 @@ class _Dispatch(torch.autograd.Function):
         # A gate value acts only where its expert is: one row of gradients holds it, nothing is summed.
         places = route.back.gather(1, owners).long()
         choice = torch.arange(owners.shape[1], device=owners.device)
-        return grad_hidden, grad_weights[places, choice].to(weights_dtype), None, None, None
+        return grad_hidden, grad_weights[places, choice].to(weights_dtype), None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -163,7 +172,7 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx, rows, weights, route):
         ctx.route = route
         route.finish()
-        return rows.view_as(rows), weights.view_as(weights)
+        return rows.view_as(rows), weights.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -222,24 +231,21 @@ class ExpertParallelExperts(DeepSeekR1Experts):
         dtype = compute_dtype(hidden_states)
         owners = top_k_index.long() // self.num_experts
         route = plan_route(owners, self.expert_parallel_group)
-        tokens = route.order // route.back.shape[1]
-        index = route.start(top_k_index.int().index_select(0, tokens))
-        rows, weights = _Dispatch.apply(hidden_states, top_k_weights, owners, route, dtype)
-        return route, index, rows, weights
+        return route, *_Dispatch.apply(hidden_states, top_k_weights, top_k_index, owners, route, dtype)
 
     def combine(self, flight, dtype, residual=None, shared=None, recompute=False):
         """What `dispatch` began -> residual + shared + the experts' sums (T, D) in `dtype`."""
-        route, index, rows, weights = flight
+        route, rows, weights, index = flight
         rows, weights = _Arrive.apply(rows, weights, route)
         index = index.long() - self.first_expert
         index = torch.where((index < 0) | (index >= self.num_experts), self.num_experts, index)
-        output = self._with_gradients(self._own_sums(rows, index, weights, recompute), rows, weights)
+        output = self._with_gradients(self._own_sums(rows, index, weights, route.pairs, recompute), rows, weights)
         output = _Resume.apply(output, route.ends)
         return _Combine.apply(output, route, dtype, residual, shared)
 
-    def _own_sums(self, rows, index, weights, recompute):
+    def _own_sums(self, rows, index, weights, pairs, recompute):
         if self.runs_fused(rows):
-            return self.fused(rows, index, weights, recompute=recompute)
+            return self.fused(rows, index, weights, recompute=recompute, pairs=pairs)
         if recompute:
             return computed_again(self, super().forward, rows, index, weights)
         return super().forward(rows, index, weights)
@@ -251,6 +257,17 @@ class ExpertParallelExperts(DeepSeekR1Experts):
         if output.requires_grad or not torch.is_grad_enabled() or not any(part.requires_grad for part in inputs):
             return output
         return output + sum(part[:0].sum() for part in inputs).to(output.dtype)
+
+    def __deepcopy__(self, memo):
+        """A copy that is split alike: process groups are not copied, and parameters lose what they were marked with."""
+        memo[id(self.expert_parallel_group)] = self.expert_parallel_group
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for kind in KINDS:
+            own = getattr(self, kind)
+            _marked(getattr(twin, kind), own.expert_parallel_group, own.expert_replica_group, own.global_shape,
+                    own.expert_gradient_scale)  # fmt: skip
+        return twin
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return self.combine(self.dispatch(hidden_states, top_k_index, top_k_weights), hidden_states.dtype)
@@ -346,6 +363,7 @@ def parallelise_experts(model, group=None, replicas=None, gradient_scale=None):
             module._ddp_params_and_buffers_to_ignore = [*kept, *ignored]
     if hasattr(model, "decoding"):
         model.decoding.enabled = False
+    model._is_fsdp_managed_module = True  # the library's mark: `generate` goes on until all processes are done
     return model
 
 
@@ -354,7 +372,7 @@ def _check_experts(name, layer, size):
     if type(layer) is not DeepSeekR1MoE or type(experts) is not DeepSeekR1Experts:
         raise ValueError(f"{name} is a {type(layer).__name__} with {type(experts).__name__}: split the experts of a "
                          "plain model, once, before adapters, quantisation or wrappers")  # fmt: skip
-    for kind in ("gate_up_proj", "down_proj"):
+    for kind in KINDS:
         parameter = getattr(experts, kind)
         if type(parameter.data) is not torch.Tensor or parameter.shape[0] != experts.num_experts:
             raise ValueError(f"{name}.experts.{kind} is a {type(parameter.data).__name__} of shape "
@@ -368,17 +386,23 @@ def _check_experts(name, layer, size):
 def _split_experts(layer, group, replicas, size, rank, scale):
     experts = layer.experts
     local = experts.num_experts // size
-    for kind in ("gate_up_proj", "down_proj"):
+    for kind in KINDS:
         whole = getattr(experts, kind)
         part = nn.Parameter(whole.data[rank * local : (rank + 1) * local].clone(), requires_grad=whole.requires_grad)
-        part.expert_parallel_group, part.expert_replica_group, part.global_shape = group, replicas, whole.shape
-        if part.requires_grad and scale != 1.0:
-            part.register_hook(lambda grad: grad * scale)
-        setattr(experts, kind, part)
+        setattr(experts, kind, _marked(part, group, replicas, whole.shape, scale))
     experts.global_num_experts, experts.first_expert, experts.num_experts = experts.num_experts, rank * local, local
     experts.expert_parallel_group = group
     experts._is_expert_parallel = size > 1  # the library's mark: indices may be another process' experts
     experts.__class__, layer.__class__ = ExpertParallelExperts, ExpertParallelMoE
+
+
+def _marked(part, group, replicas, shape, scale):
+    """`part` with what tells it from a whole parameter, and its gradient times `scale`."""
+    part.expert_parallel_group, part.expert_replica_group, part.global_shape = group, replicas, shape
+    part.expert_gradient_scale = scale
+    if part.requires_grad and scale != 1.0:
+        part.register_hook(lambda grad: grad * scale)
+    return part
 
 
 def is_expert_parallel(parameter):

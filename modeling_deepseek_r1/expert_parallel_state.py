@@ -32,7 +32,12 @@ def reduce_dense_gradients(model, group=None):
     For loops without DDP and FSDP, which do it themselves; once a step, after the last micro-batch. A gradient that is
     None on some processes counts as 0 there; one that is None on all stays so. Waits for the device once.
     """
-    _average(dense_parameters(model), group)
+    parameters = [parameter for parameter in dense_parameters(model) if parameter.requires_grad]
+    if not parameters:
+        return
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(present, group=group)
+    average_gradients([parameter for parameter, there in zip(parameters, present.tolist()) if there], group)
 
 
 @torch.no_grad()
@@ -42,18 +47,16 @@ def reduce_expert_gradients(model):
     experts = expert_parameters(model)
     replicas = experts[0].expert_replica_group if experts else None
     if replicas is not None:
-        _average(experts, replicas)
+        average_gradients(experts, replicas)
 
 
-def _average(parameters, group):
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    if not parameters:
-        return
-    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(present, group=group)
+@torch.no_grad()
+def average_gradients(parameters, group=None):
+    """Averages the gradients of `parameters` over `group` in place; one that is None is 0, then also in the update.
+    Does not wait for the device."""
     by_dtype = {}
-    for parameter, there in zip(parameters, present.tolist()):
-        if there:
+    for parameter in parameters:
+        if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             by_dtype.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
@@ -99,11 +102,23 @@ def _squared_norm(parameters, device):
     whole, sharded = _by_kind([parameter.grad for parameter in parameters if parameter.grad is not None])
     total = torch.zeros((), dtype=torch.float32, device=device)
     if whole:
-        total = total + torch.stack(torch._foreach_norm(whole, 2, dtype=torch.float32)).square().sum().to(device)
-    if sharded:
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in sharded]
-        total = total + torch.linalg.vector_norm(torch.stack(norms)).full_tensor().square().to(device)
+        total = total + _squared_norm_of(whole, device)
+    by_mesh = {}
+    for gradient in sharded:
+        by_mesh.setdefault((gradient.device_mesh, gradient.placements), []).append(gradient.to_local())
+    for (mesh, placements), parts in by_mesh.items():
+        part = _squared_norm_of(parts, device)
+        for dimension, placement in enumerate(placements):
+            assert placement.is_shard() or placement.is_replicate(), placement
+            if placement.is_shard():
+                dist.all_reduce(part, group=mesh.get_group(dimension))
+        total = total + part
     return total
+
+
+def _squared_norm_of(tensors, device):
+    """() fp32 on `device`, of plain tensors."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum().to(device)
 
 
 def _by_kind(tensors):
@@ -117,9 +132,13 @@ def clip_gradient_norm(model, max_norm):
     """As `torch.nn.utils.clip_grad_norm_` over the whole model: gradients times max_norm / norm where the norm is
     larger -> the norm () before."""
     norm = global_gradient_norm(model)
-    whole, sharded = _by_kind(list(model.parameters()))
-    torch.nn.utils.clip_grads_with_norm_(whole, max_norm, norm)
-    torch.nn.utils.clip_grads_with_norm_(sharded, max_norm, norm, foreach=False)
+    whole, sharded = _by_kind([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    by_kind = {}
+    for gradient in (*whole, *(each.to_local() for each in sharded)):  # an operation on a DTensor costs as much as many
+        by_kind.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for (_, device), gradients in by_kind.items():
+        torch._foreach_mul_(gradients, factor.to(device))
     return norm
 
 

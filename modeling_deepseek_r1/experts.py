@@ -67,13 +67,14 @@ class DeepSeekR1Experts(nn.Module):
 
     def fused(
         self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False,
-        shared_weights=None,
+        shared_weights=None, pairs=None,
     ):  # fmt: skip
         """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`,
-        `shared_weights`: see `fused_experts`."""
+        `shared_weights`: see `fused_experts`. `pairs`: how many of `top_k_index` are below E, where that is known."""
         dtype = compute_dtype(hidden_states)
+        order, back, offsets = sort_pairs(top_k_index, self.num_experts)
         return fused_experts(
-            hidden_states.to(dtype), top_k_weights, *sort_pairs(top_k_index, self.num_experts),
+            hidden_states.to(dtype), top_k_weights, order[:pairs], back, offsets,
             in_dtype(self.gate_up_proj, dtype), in_dtype(self.down_proj, dtype), residual, shared, recompute,
             shared_weights,
         )  # fmt: skip

@@ -7,7 +7,8 @@ combination of the choices a plain sum and its gradient a plain gather.
 Names in shapes: T tokens, K choices, N = T * K pairs, D hidden_size, E experts, I inner size of an expert. The pair
 t * K + k is the k-th choice of token t; `order` (N,) int32 lists the pairs by expert, `back` (N,) int32 is its inverse,
 `offsets` (E,) int32 holds the ends of the experts' runs. Rows from offsets[E - 1] on belong to experts of other ranks:
-they are neither read nor written, and count as zero. All tensors are contiguous.
+they are neither read nor written, and count as zero; `order` and the row-sized tensors may end there, with fewer than N
+entries. All tensors are contiguous.
 """
 
 import torch
@@ -260,7 +261,7 @@ def gate_rows_backward(gate_up, weights, order, offsets, grad_output, with_outpu
     """
     pairs, inner = grad_output.shape
     grad_gate_up = gate_up if in_place else torch.empty_like(gate_up)
-    grad_weights = torch.empty_like(weights)
+    grad_weights = torch.empty_like(weights) if pairs == weights.numel() else torch.zeros_like(weights)
     block = min(4096, triton.next_power_of_2(inner))
     rows = min(32, max(1, 2048 // block))
     _gate_rows_backward[(triton.cdiv(pairs, rows),)](

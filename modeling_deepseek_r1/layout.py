@@ -4,6 +4,7 @@ On disk every expert has its own matrices (`mlp.experts.7.gate_proj.weight`), in
 multi-token-prediction layer holds copies of the embedding and of the output head.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -66,7 +67,8 @@ def fuse_expert_keys(module, state_dict, prefix, local_metadata, strict, missing
 
     Trainers resume with a plain `load_state_dict`, which would pass over those keys and leave the experts as they
     were. Each matrix is copied to its place at once, so that experts may be spread over several shards; with
-    `assign=True` (or a model without storage) new tensors are made instead, and all experts must be there.
+    `assign=True`, a model without storage or a sharded one (a part of which is no view of it), new tensors are made
+    instead, and all experts must be there.
     """
     found = {}
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -76,7 +78,7 @@ def fuse_expert_keys(module, state_dict, prefix, local_metadata, strict, missing
         return
     gate_up, down, inner = module.gate_up_proj, module.down_proj, module.intermediate_dim
     complete = len(found) == 3 * module.num_experts
-    if local_metadata.get("assign_to_params_buffers") or gate_up.is_meta:
+    if local_metadata.get("assign_to_params_buffers") or gate_up.is_meta or hasattr(gate_up, "full_tensor"):
         if not complete:
             error_msgs.append(f"{prefix[:-1]}: only {len(found)} of {3 * module.num_experts} matrices to assign")
             return
@@ -271,11 +273,13 @@ class CheckpointLayoutMixin:
             raise ValueError(f"save_directory={save_directory} is a file; name a folder")
         plain = not getattr(self, "_hf_peft_config_loaded", False) and not given.get("distributed_checkpoint")
         if not plain or not self.should_save_on_this_rank(given.get("is_main_process", True)):
-            return save(save_directory, *args, **kwargs)
+            with _own_class(self):
+                return save(save_directory, *args, **kwargs)
         os.makedirs(save_directory, exist_ok=True)
         self._folder_save = FolderSave(save_directory, given.get("variant"))
         try:
-            save(save_directory, *args, **kwargs)
+            with _own_class(self):
+                save(save_directory, *args, **kwargs)
             self._finish_save()
         except BaseException:
             if self._folder_save is not None:
@@ -298,6 +302,17 @@ class CheckpointLayoutMixin:
     def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
         self._finish_save()
         return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _own_class(model):
+    """FSDP2 gives a model a class that it makes inside torch: the library would save torch's code in place of ours."""
+    given = type(model)
+    model.__class__ = next(cls for cls in given.__mro__ if not cls.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        model.__class__ = given
 
 
 __all__ = ["AUTO_MAP", "MTP_COPIES", "CheckpointLayoutMixin", "register_with_library"]

@@ -145,13 +145,15 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
     Attributes:
         balance_per_document: for the balance loss, each document of a padding-free row is a sequence of its own
             (found where positions start again); else a row is one sequence, as in pretraining.
+        documents_apart: False: documents packed in a row see each other. Context parallelism has no masks, and the
+            positions of a process' part of a row jump without a document's end.
     """
 
     def __init__(self, config, mtp_layers=0):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.balance_per_document = False
+        self.balance_per_document, self.documents_apart = False, True
         self.gradient_checkpointing = False
         last = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -174,7 +176,8 @@ class DeepSeekR1Model(DeepSeekR1PreTrainedModel):
         position_ids (B or 1, S) or None; token_mask: as `forward` takes it.
         """
         rows, length = inputs_embeds.shape[:2]
-        mask_positions = position_ids  # positions made here hide no packed documents; looking for them waits for a GPU
+        # Positions made here hide no packed documents; looking for them waits for a GPU.
+        mask_positions = position_ids if self.documents_apart else None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + seen
@@ -302,9 +305,15 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
             skip_logits: make no logits; None: skip them in training when labels are given, where the loss is computed
                 without ever holding (tokens, vocabulary).
             return_token_losses: also return `token_losses`.
+            shift_labels: (B, S) int64 in place of `labels`: position i is trained to give shift_labels[i]. For rows
+                that are cut over processes (context parallelism), where a cut's last label lies elsewhere.
+        Raises ValueError for `shift_labels` where multi-token prediction is trained, which looks further ahead.
         In training, `loss` includes label smoothing and `mtp_loss_coef * mtp_loss` (V3, Eq. 25).
         """
-        if labels is not None and past_key_values is None:
+        # Among kwargs, as in the library: trainers take each argument named so for a label that a batch must have.
+        targets = kwargs.pop("shift_labels", None)
+        has_labels = labels is not None or targets is not None
+        if has_labels and past_key_values is None:
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -317,7 +326,7 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
         )
         hidden_states = outputs.last_hidden_state
         if skip_logits is None:
-            skip_logits = self.training and labels is not None
+            skip_logits = self.training and has_labels
         if skip_logits:
             logits = None
         elif isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2:
@@ -327,7 +336,12 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
 
         losses = {}
-        if labels is not None:
+        if targets is not None:
+            if self.training and self.trains_mtp:
+                raise ValueError("shift_labels: multi-token prediction needs the labels of later tokens too, which "
+                                 "another process may have; freeze it (mtp_loss_coef=0)")  # fmt: skip
+            losses = self.next_token_losses(hidden_states, targets.to(hidden_states.device), num_items_in_batch)
+        elif labels is not None:
             if attention_mask is not None or past_key_values is not None:
                 documents = None  # one document a row
             else:
@@ -354,15 +368,18 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
         takes them.
         """
         targets = shifted_labels(labels, 1, None if documents is None else documents.to(labels.device))
-        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        items = torch.as_tensor(items, device=labels.device).clamp_min(1)
-        loss, token_losses = self.cross_entropy(hidden_states, targets)
-        result = {"loss": loss / items, "token_losses": token_losses}
+        result = self.next_token_losses(hidden_states, targets, num_items_in_batch)
         if self.training and self.trains_mtp:
+            items = _items(targets, num_items_in_batch)
             mtp_loss = self.mtp_loss(hidden_states, labels, documents, mtp_inputs) / items
             result["loss"] = result["loss"] + self.config.mtp_loss_coef * mtp_loss                # Eq. 25
             result["mtp_loss"] = mtp_loss.detach()
         return result
+
+    def next_token_losses(self, hidden_states, targets, num_items_in_batch):
+        """(B, S, D) and (B, S), what each position is to predict -> {"loss" (), "token_losses" (B, S)}, in nats."""
+        loss, token_losses = self.cross_entropy(hidden_states, targets)
+        return {"loss": loss / _items(targets, num_items_in_batch), "token_losses": token_losses}
 
     def cross_entropy(self, hidden_states, targets):
         """(B, S, D) and (B, S) -> sum of the cross-entropies () with gradients, per token (B, S) without; in nats."""
@@ -407,6 +424,12 @@ class DeepSeekR1ForCausalLM(FastGenerationMixin, DeepSeekR1PreTrainedModel, Gene
             for depth, at_depth in enumerate(states, start=1)
         ]
         return torch.stack(sums).mean()
+
+
+def _items(targets, num_items_in_batch):
+    """Tokens that a summed loss is divided by, at least 1."""
+    items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.as_tensor(items, device=targets.device).clamp_min(1)
 
 
 class DeepSeekR1ForSequenceClassification(DeepSeekR1PreTrainedModel):

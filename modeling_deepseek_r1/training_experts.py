@@ -64,7 +64,9 @@ def _without_foreign(rows, offsets):
 
 
 def sum_choices_twin(rows, back, offsets, top_k, dtype, residual=None, shared=None):
-    chosen = _without_foreign(rows, offsets).index_select(0, back).float()
+    local = int(offsets[-1])
+    rows = torch.cat((rows[:local], rows.new_zeros(1, rows.shape[1])))  # the last for all pairs of other ranks
+    chosen = rows.index_select(0, back.clamp(max=local)).float()
     total = chosen.view(back.numel() // top_k, top_k, rows.shape[1]).sum(1)
     return _plus(total, residual, shared).to(dtype)
 
@@ -88,7 +90,8 @@ def gate_rows_backward_twin(gate_up, weights, order, offsets, grad_output, with_
     sigmoid, silu = gate.sigmoid(), F.silu(gate)
     grad_gate = grad * weight * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     of_rows = _without_foreign((grad * silu * up).sum(-1), offsets)
-    grad_weights = torch.empty_like(of_rows).scatter(0, order.long(), of_rows).view(weights.shape).to(weights.dtype)
+    grad_weights = of_rows.new_zeros(weights.numel()).scatter(0, order.long(), of_rows)
+    grad_weights = grad_weights.view(weights.shape).to(weights.dtype)
     output = (silu * up * weight).to(gate_up.dtype) if with_output else None
     return torch.cat((grad_gate, grad * weight * silu), -1).to(gate_up.dtype), output, grad_weights
 
@@ -265,7 +268,8 @@ def fused_experts(
     The matmuls run in the dtype of gate_up and down, whatever the dtypes of hidden and residual; gate, sums and the
     weights' gradients are in fp32. `recompute` spares the memory of the gathered rows (N, D), of the gate-up product
     (N, 2 I) and of the gated one (N, I) for two gathers, a grouped matmul and a write of (N, I) more in the backward.
-    Pairs of other ranks' experts add nothing and receive no gradient.
+    Pairs of other ranks' experts add nothing and receive no gradient; who knows how many there are may leave their end
+    of `order` out, and nothing is allocated for them.
 
     Shapes: hidden (T, D), top_k_weights (T, K) any float dtype, order, back, offsets from `sort_pairs`,
     gate_up (E, 2 I, D), down (E, D, I) of one dtype, residual and shared (T, D) or None, shared_weights: gate (J, D),
@@ -280,10 +284,11 @@ def fused_experts(
                          f"(E, D, I) with D={width}, the width of hidden")  # fmt: skip
     if gate_up.dtype != down.dtype:
         raise ValueError(f"gate_up is {gate_up.dtype} and down {down.dtype}: cast both to the dtype to compute in")
-    if top_k_weights.shape[0] != tokens or order.numel() != top_k_weights.numel() or back.numel() != order.numel():
+    pairs = top_k_weights.numel()
+    if top_k_weights.shape[0] != tokens or back.numel() != pairs or not min(pairs, 1) <= order.numel() <= pairs:
         raise ValueError(f"top_k_weights {tuple(top_k_weights.shape)}, order ({order.numel()},) and back "
-                         f"({back.numel()},) must hold K choices for each of the {tokens} tokens of hidden; "
-                         "take order and back from sort_pairs")  # fmt: skip
+                         f"({back.numel()},) must hold K choices for each of the {tokens} tokens of hidden, order may "
+                         "end with the last local one; take order and back from sort_pairs")  # fmt: skip
     if offsets.numel() != experts:
         raise ValueError(f"offsets has {offsets.numel()} entries for {experts} experts: sort_pairs(index, {experts})")
     for name, part in (("residual", residual), ("shared", shared)):

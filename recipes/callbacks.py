@@ -4,6 +4,8 @@ import logging
 
 from transformers import TrainerCallback
 
+from modeling_deepseek_r1.expert_parallel import is_expert_parallel
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,9 +47,9 @@ class ExpertBalanceCallback(TrainerCallback):
                 smoothing,
                 smoothing,
             )
-        model._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in model.named_buffers() if name.endswith("load_counts")
-        ]
+        counts = [name for name, _ in model.named_buffers() if name.endswith("load_counts")]
+        split = [name for name, parameter in model.named_parameters() if is_expert_parallel(parameter)]
+        model._ddp_params_and_buffers_to_ignore = counts + split
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = balanced_model(model)

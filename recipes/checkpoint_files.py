@@ -23,16 +23,23 @@ def _files_of(folder):
     return sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in skipped)
 
 
-def write_marker(folder, weights=None):
-    """Flush every file of `folder` to disk, then write the marker. Returns its content."""
-    folder = Path(folder)
-    files = {}
-    for path in _files_of(folder):
+def describe_files(folder, paths):
+    """{path within `folder`: {"bytes", "sha256"}} of `paths`, flushed to disk before."""
+    found = {}
+    for path in paths:
         flush(path)
-        files[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "sha256": hash_file(path),
-        }
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    return found
+
+
+def write_marker(folder, weights=None, described=None):
+    """Flush every file of `folder` to disk, then write the marker. Returns its content.
+
+    described: of `describe_files` on other processes, for files that they wrote; not read again here.
+    """
+    folder, described = Path(folder), described or {}
+    others = [path for path in _files_of(folder) if path.relative_to(folder).as_posix() not in described]
+    files = dict(sorted((described | describe_files(folder, others)).items()))
     for directory in [p for p in folder.rglob("*") if p.is_dir()] + [folder, folder.parent]:
         flush(directory)
     marker = {"format": 1, "files": files, "weights": weights or {}}

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from recipes.checkpoint_files import (
     CHECKPOINT_NAME,
@@ -37,32 +36,15 @@ from recipes.checkpoint_files import (
     resolve_resume,
     write_marker,
 )
+from recipes.elastic_checkpoints import ElasticCheckpointMixin
 from recipes.resume_guard import check_unchanged, describe_run
+from recipes.sharded_checkpoints import GROUPS, holds_shards
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointSaveError(OSError):
     """A checkpoint could not be written; what was half-written has been removed."""
-
-
-# ---------------------------------------------------------------- weights and sizes
-
-
-@torch.no_grad()
-def weight_sums(model):
-    """{name: sum of the tensor's bits as integers, modulo 2**64}: exact on any device, in any order.
-
-    Tells trained weights from others after a load. Sharded tensors (DTensor) are left out.
-    """
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensors = {
-        name: tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if torch.is_tensor(tensor) and not isinstance(tensor, DTensor) and tensor.numel() and not tensor.is_meta
-    }
-    sums = [t.contiguous().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]
-    return dict(zip(tensors, torch.stack([s.cpu() for s in sums]).tolist() if sums else []))
 
 
 def estimate_save_bytes(model, optimizer, extra_bytes=0):
@@ -88,7 +70,7 @@ def _protected(trainer):
 # ---------------------------------------------------------------- the mixin
 
 
-class CheckpointMixin:
+class CheckpointMixin(ElasticCheckpointMixin):
     """Put before a `transformers.Trainer` (or a subclass such as TRL's) in the list of bases.
 
     Callbacks with a state of their own offer `save_to_checkpoint(folder, model)` and
@@ -98,6 +80,7 @@ class CheckpointMixin:
     resume_guard = None  # further facts that must not change between runs, a flat dict
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        self.check_saving()
         choice = resume_from_checkpoint
         if choice is None:
             choice = getattr(self.args, "resume_from_checkpoint", None)
@@ -108,7 +91,11 @@ class CheckpointMixin:
         else:
             self._on_first_rank(lambda: self._check_config(path))
             self._on_first_rank(lambda: self._set_later_checkpoints_aside(path))
-        return super().train(resume_from_checkpoint=path, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=path, **kwargs)
+        except BaseException:
+            self.writer.join()  # a Ctrl-C too leaves the checkpoint whole that is being written
+            raise
 
     def _on_first_rank(self, function):
         """Run `function` on rank 0 and give every rank its result, or its error."""
@@ -165,10 +152,10 @@ class CheckpointMixin:
             self._remove(path)
 
     def _check_config(self, path):
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded and not (Path(path) / "optimizer.pt").is_file():
+        states = GROUPS if holds_shards(path) else "optimizer.pt"
+        if not self.is_deepspeed_enabled and not (Path(path) / states).is_file():
             raise ValueError(
-                f"{path} has no optimizer.pt (save_only_model?): the optimizer and the schedule would start anew; "
+                f"{path} has no {states} (save_only_model?): the optimizer and the schedule would start anew; "
                 "start a new run from its weights with --model_name_or_path"
             )
         file = Path(path) / RUN_CONFIG
@@ -199,8 +186,10 @@ class CheckpointMixin:
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
-        """Trainer would delete the newest checkpoint where `save_total_limit` is 1 and another one is the best: a run
-        that is killed in the evaluation after training would train again."""
+        """The last checkpoint is whole when training ends. And Trainer would delete the newest one where
+        `save_total_limit` is 1 and another is the best: a run that is killed in the evaluation after training would
+        train again."""
+        self.finish_save()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -233,9 +222,9 @@ class CheckpointMixin:
     def _check_weights(self, folder):
         """Loading drops keys that the model does not know with a warning only: compare the result."""
         saved = (read_marker(folder) or {}).get("weights") or {}
-        if not saved or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not saved or not self._knows_weights():
             return
-        sums = weight_sums(self.accelerator.unwrap_model(self.model))
+        sums = self._sum_weights()
         wrong = [name for name, value in saved.items() if sums.get(name) != value]
         if wrong:
             raise IncompleteCheckpointError(
@@ -267,24 +256,43 @@ class CheckpointMixin:
             del self.model.save_pretrained
 
     def _save_checkpoint(self, model, trial):
-        run_dir = Path(self._get_output_dir(trial=trial))
+        self.finish_save()
+        run_dir, shards = Path(self._get_output_dir(trial=trial)), self.saves_shards()
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         self._on_first_rank(lambda: self._make_room(folder))
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # ours rotates, later
         try:
             self._save_extras(folder)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_marker(folder, self._weights_for_marker())
+            with self.into_shards(shards):
+                super()._save_checkpoint(model, trial)
+                if shards:
+                    kept = _protected(self) | {folder.resolve()}
+                    self.start_writing(folder, lambda: self._rotate(run_dir, kept, limit))
+            if not shards:
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_marker(folder, self._sum_weights() if self._knows_weights() else {})
         except Exception as error:
             self._abandon(folder, error)
             raise
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._rotate(run_dir, folder)
+        if not shards:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._rotate(run_dir, _protected(self) | {folder.resolve()}, limit)
+        elif not getattr(self.args, "async_save", False):
+            self.finish_save()
+
+    def finish_save(self):
+        """Waits for the save that is under way, on all ranks. Raises CheckpointSaveError on all if it failed on one."""
+        folder = self.writer.folder
+        error, found = self.writer.outcome()
+        if not found:
+            return
+        texts = "; ".join(found)
+        self._abandon(folder, RuntimeError(texts))
+        raise CheckpointSaveError(f"could not save {folder} ({texts}); what was written of it is removed") from error
 
     def _make_room(self, folder):
         """An earlier folder of that name goes; too little space is said before anything is written."""
@@ -307,10 +315,9 @@ class CheckpointMixin:
         for callback in self._callbacks_with("save_to_checkpoint"):
             callback.save_to_checkpoint(folder, self.model)
 
-    def _weights_for_marker(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return {}
-        return weight_sums(self.accelerator.unwrap_model(self.model))
+    def _knows_weights(self):
+        elsewhere = self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        return not elsewhere and (self.shards_model() or not self.is_fsdp_enabled)
 
     def _abandon(self, folder, error):
         if self.args.should_save:
@@ -330,12 +337,10 @@ class CheckpointMixin:
             "space, lower save_total_limit or choose another output_dir, then --resume_from_checkpoint true"
         )
 
-    def _rotate(self, run_dir, newest):
-        """Keep `save_total_limit` checkpoints: unfinished ones go first, the newest and the best stay."""
-        limit = self.args.save_total_limit
+    def _rotate(self, run_dir, kept, limit):
+        """Keep `limit` checkpoints: unfinished ones go first, those in `kept` (the newest and the best) stay."""
         if not limit or limit <= 0:
             return
-        kept = _protected(self) | {newest.resolve()}
         others = [path for _, path in list_checkpoints(run_dir) if path.resolve() not in kept and is_ours(path)]
         others.sort(key=lambda path: find_problem(path, hashes=False) is None)
         for path in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 
 from recipes.packed_rows import PackedArray, PackedRows, PackedStream, PackingCollator
+from recipes.parallel_settings import data_parallel_size
 from recipes.text_files import has_split, is_local, is_saved_dataset, list_files, open_hub_dataset, read_files
 
 __all__ = ["PackedTokens", "PackingCollator", "bits_per_byte", "check_vocabulary", "is_packed_folder",
@@ -223,10 +224,11 @@ def _check_same_tokenizer(folder, tokenizer):
 
 def check_enough_rows(train, args):
     """ValueError if the training rows do not fill one batch of every process (Trainer would train on nothing)."""
-    needed = args.per_device_train_batch_size * args.world_size
+    processes = data_parallel_size(args)
+    needed = args.per_device_train_batch_size * processes
     if hasattr(train, "__len__") and len(train) < needed:
         raise ValueError(f"{len(train)} training rows of sequence_length={args.sequence_length} do not fill a batch of "
-                         f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} "
+                         f"per_device_train_batch_size={args.per_device_train_batch_size} on {processes} "
                          "process(es); lower the batch size or sequence_length, or add text")
 
 

@@ -27,6 +27,7 @@ from recipes.evaluation import load_problems
 from recipes.logging_callbacks import RunLogCallback
 from recipes.model_loading import load_chat_tokenizer
 from recipes.pretrain_config import parse_config
+from recipes.process_start import watched
 from recipes.rl_data import build_prompts
 from recipes.run_results import text_table
 from recipes.sft import build_data
@@ -88,11 +89,12 @@ def run(args):
     trainer = build_trainer(args, tokenizer, teacher)
     if not args.resume_from_checkpoint:
         trainer.require_fresh_output_dir()  # now, and not after the evaluation
-    if args.teacher_model_name_or_path:  # measured, and under traces let go again
-        described = describe_teacher(trainer, teacher, own)
-    before = evaluate_before(trainer)
-    trainer.train()
-    return finish_run(trainer, before, described)
+    with watched(trainer, trainer.resume_guard):
+        if args.teacher_model_name_or_path:  # measured, and under traces let go again
+            described = describe_teacher(trainer, teacher, own)
+        before = evaluate_before(trainer)
+        trainer.train()
+        return finish_run(trainer, before, described)
 
 
 def main(argv=None):

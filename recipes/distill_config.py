@@ -87,6 +87,7 @@ class DistillRecipeConfig(SFTRecipeConfig, DistillationConfig):
     speed_prompts: int = setting(8, "Prompts on which the speed of generation is measured, all at a time.")
     speed_tokens: int = setting(64, "Tokens generated for each of them.")
 
+    spreads = ()
     rewards = ()  # read by recipes/rl_data.py: nothing is scored
     num_generations = 1
 

@@ -12,7 +12,7 @@ from recipes.distill_students import load_teacher
 from recipes.evaluation import evaluate_tasks, load_problems, render_prompt
 from recipes.logging_callbacks import write_run_config
 from recipes.run_results import conclude, text_table
-from recipes.sampling import evaluation_mode, left_padded, plain_generation, whole_model
+from recipes.sampling import evaluation_mode, is_spread, left_padded, plain_generation, whole_model
 from recipes.sft_trainer import causal_lm
 from recipes.sizing import count_parameters
 from recipes.stage_results import evaluate_after, save_merged, sizes_of
@@ -61,17 +61,20 @@ def generation_speed(model, tokenizer, prompts, new_tokens):
 
 
 def measure(trainer, model, tokenizer):
-    """Size and speed of a model, for eval.json. Parameters of adapters are those of the merged model."""
+    """Size and speed of a model, for eval.json; no speed of one that is spread over processes. Parameters of adapters
+    are those of the merged model."""
     args, config = trainer.args, causal_lm(model).config
     counts, dtype = count_parameters(config), causal_lm(model).dtype
     prompts = _prompts(args, trainer, trainer.processing_class, tokenizer)
-    return {
+    found = {
         "model_type": config.model_type,
         "parameters": counts.total,
         "active parameters a token": counts.active,
         "bytes of weights": counts.total * dtype.itemsize,
-        "tokens/s, greedy": generation_speed(model, tokenizer, prompts, args.speed_tokens),
     }
+    if is_spread(model):
+        return found
+    return found | {"tokens/s, greedy": generation_speed(model, tokenizer, prompts, args.speed_tokens)}
 
 
 # ---------------------------------------------------------------- the teacher

@@ -53,6 +53,9 @@ class RecipeLogitsTrainer(RecipeSFTTrainer):
         if self.projections is not None:
             self.projections.to(args.device)
             if any(True for _ in self.projections.parameters()):
+                if self.is_fsdp_enabled:
+                    raise ValueError(f"feature_coef={args.feature_coef}: under FSDP the maps between the widths of "
+                                     "student and teacher would not be trained; use 0, or ddp.yaml")  # fmt: skip
                 self.wrapped_projections = self.accelerator.prepare_model(self.projections)
         if self.padding_free and not hasattr(teacher, "routers") and examples_see_each_other(self.teacher_model):
             raise ValueError(

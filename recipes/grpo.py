@@ -26,7 +26,7 @@ from recipes.pretrain_config import parse_config
 
 # What a resumed run must share beyond `rl_stage.GUARDED`.
 GUARDED = (
-    "num_iterations", "steps_per_generation", "beta", "loss_type", "scale_rewards", "importance_sampling_level",
+    "num_iterations", "generation_batch_size", "beta", "loss_type", "scale_rewards", "importance_sampling_level",
     "delta", "mask_truncated_completions", "multi_objective_aggregation", "top_entropy_quantile",
     "off_policy_mask_threshold", "use_bias_correction_kl", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "dynamic_sampling", "dynamic_sampling_rounds", "curriculum", "curriculum_reward",

@@ -60,6 +60,9 @@ class Layout:
             check_divides("n_routed_experts", config.n_routed_experts, "gpus", devices)
         if self.name == "tensor_parallel":
             check_divides("num_attention_heads", config.num_attention_heads, "gpus", devices)
+        if self.name == "context_parallel" and config.num_nextn_predict_layers and config.mtp_loss_coef:
+            raise ValueError(f"mtp_loss_coef={config.mtp_loss_coef}: {self.name} cuts rows, and multi-token prediction "
+                             "looks past the cuts; add --model_config.mtp_loss_coef 0")  # fmt: skip
         if self.group > 1 and devices % self.group:
             raise ValueError(f"gpus={devices} must be a multiple of {self.group} for {self.name}, whose devices share "
                              f"rows in groups of {self.group}; use {_near(devices, self.group)}")  # fmt: skip

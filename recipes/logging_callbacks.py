@@ -284,7 +284,9 @@ class SampleCallback(TrainerCallback):
         return samples
 
     def _run(self, args, state, model):
-        sharded = bool(args.fsdp_plugin_args) or args.deepspeed is not None
+        # FSDP2 and expert parallelism mark a model whose forward takes all processes.
+        marked = getattr(getattr(model, "module", model), "_is_fsdp_managed_module", False)
+        sharded = marked or args.deepspeed is not None
         if not self.prompts or state.global_step == self.last_step or not (state.is_world_process_zero or sharded):
             return
         self.last_step = state.global_step

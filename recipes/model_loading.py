@@ -1,19 +1,23 @@
 """Tokenizer, model config and model of a stage, from its settings."""
 
 import logging
-import os
 from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
+from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
 from recipes.chat_format import set_chat_template
 from recipes.data import check_vocabulary
+from recipes.parallel_settings import divisors, launched_with
 
 logger = logging.getLogger(__name__)
 
 DEEPSEEK_TYPES = ("deepseek_r1", "deepseek_v3", "deepseek_v2")
+DIVIDED = {"expert_parallel_size": ("n_routed_experts",), "tensor_parallel_size": (
+    "num_attention_heads", "intermediate_size", "moe_intermediate_size")}  # fmt: skip
 
 
 def find_tokenizer(args):
@@ -98,10 +102,37 @@ def build_config(args, tokenizer=None):
 def builds_on(args):
     """Where new weights are drawn: on the GPU that trains them (1.8 B take a second there, half a minute on a CPU),
     unless they are to be sharded and may not fit one."""
-    sharded = args.fsdp or args.deepspeed or any(
-        os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED")
-    )
+    sharded = launched_with(args, "FSDP") or launched_with(args, "DEEPSPEED")
     return args.device if args.device.type == "cuda" and not sharded else torch.device("cpu")
+
+
+def check_spread(args, config):
+    """ValueError unless the model's sizes can be divided as `expert_parallel_size` and `tensor_parallel_size` say."""
+    sizes = [(name, getattr(args, name, 1)) for name in ("expert_parallel_size", "tensor_parallel_size")]
+    for name, size in sizes:
+        if size == 1:
+            continue
+        if config.model_type not in DEEPSEEK_TYPES:
+            raise ValueError(f"{name}={size} is for DeepSeek models, this is a {config.model_type}; use 1")
+        for field in DIVIDED[name]:
+            total = getattr(config, field, None)
+            if not total or total % size:
+                fitting = f"one of {divisors(total, args.world_size)}" if total else "1"
+                raise ValueError(f"{name}={size} must divide {field}={total}; use {fitting} on {args.world_size} "
+                                 "processes")  # fmt: skip
+
+
+def spread(args, model):
+    """Leaves each process its share of the experts or of every matrix, where `expert_parallel_size` or
+    `tensor_parallel_size` says so; returns `model`."""
+    if getattr(args, "expert_parallel_size", 1) > 1:
+        parallelise_experts(model, *expert_groups(args.expert_parallel_size))
+    size = getattr(args, "tensor_parallel_size", 1)
+    if size > 1:
+        config = DistributedConfig(tp_size=size, tp_plan="auto", fsdp_size=args.world_size // size)
+        config, _, mesh = model.prepare_distribute_model(config)
+        model = model.maybe_distribute_model(model.to(args.device), config, mesh)
+    return model
 
 
 def build_model(args, tokenizer):
@@ -110,6 +141,7 @@ def build_model(args, tokenizer):
     MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
     """
     config = build_config(args, tokenizer)
+    check_spread(args, config)
     kwargs = {"dtype": getattr(torch, args.weights_dtype), "attn_implementation": args.attn_implementation}
     if args.model_name_or_path is None:
         with builds_on(args):
@@ -119,7 +151,7 @@ def build_model(args, tokenizer):
     if config.num_nextn_predict_layers and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()
-    return model
+    return spread(args, model)
 
 
 # ---------------------------------------------------------------- stages after pretraining
@@ -173,6 +205,7 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
         raise ValueError(f"{', '.join(overrides)}: {name} is a {found.model_type} model, which has no such setting")
     else:
         config = found
+    check_spread(args, config)
     check_vocabulary(tokenizer, config.get_text_config())
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and (getattr(args, "max_length", None) or 0) > context:
@@ -184,4 +217,4 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
     if getattr(config, "num_nextn_predict_layers", 0) and hasattr(model, "freeze_mtp") and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()
-    return model
+    return spread(args, model)

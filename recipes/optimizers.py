@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, muon
 
+from modeling_deepseek_r1.expert_parallel_state import global_gradient_norm
 from recipes.kernels_adamw import adamw_, adamw_lists_, coefficients, has_kernel
 from recipes.optimizer_copies import WeightCopies
 from recipes.run_settings import setting
@@ -42,18 +43,24 @@ def gradient_norm(parameters):
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def local_part(tensor):
+    """What of a tensor lies in this process, sharing its memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 class FusedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step multiplies gradients with a clip factor itself; amsgrad and tensor rates left out.
 
     `clip_gradients` before `step` measures the norm and leaves the factor for that step. `step` never waits for the
     device. With `stochastic_rounding`, bf16 weights are rounded at random, reproducibly from `seed` and the step.
+    Of sharded parameters (DTensors) each process updates its part; their states are sharded alike.
 
     `compute_copies` is for fp32 weights that a deepseek_r1 model multiplies with in bf16, in one process: a step also
     writes the bf16 copies for the next forward pass, and gradients may be bf16, whose norm torch's own clipping would
     round (modeling_deepseek_r1/compute_copies.py). "gradients": without the copies, which take 2 bytes a weight.
 
     Raises:
-        ValueError: for a rate that is a tensor, for sharded parameters.
+        ValueError: for a rate that is a tensor, for copies of sharded parameters.
         RuntimeError: by `step`, some time after weights with copies were changed through `.data` (optimizer_copies.py).
     """
 
@@ -70,16 +77,19 @@ class FusedAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.clip_factor = None
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            raise ValueError("optimizer=fused and muon need whole parameters, these are sharded; use optimizer=torch")
         if compute_copies:
             weights = [p for group in self.param_groups if not group.get("muon") for p in group["params"]]
+            if any(isinstance(p, DTensor) for p in weights):
+                raise ValueError("compute_copies=True needs whole parameters, these are sharded; leave it False")
             self.copies = WeightCopies(weights, resident=compute_copies != "gradients")
 
     @torch.no_grad()
-    def clip_gradients(self, parameters, max_norm):
-        """The norm before clipping, () float32; the next `step` multiplies by min(1, max_norm / (norm + 1e-6))."""
-        norm = gradient_norm(parameters)
+    def clip_gradients(self, parameters, max_norm, norm=None):
+        """The norm before clipping, () float32; the next `step` multiplies by min(1, max_norm / (norm + 1e-6)).
+
+        `norm`: of all gradients, where those of `parameters` are not all.
+        """
+        norm = gradient_norm(parameters) if norm is None else norm
         self.clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
@@ -111,10 +121,10 @@ class FusedAdamW(torch.optim.AdamW):
             if step not in numbers:
                 numbers[step] = coefficients(group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)
             here = None if clip is None else clip.to(weight.device)
-            tensors = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
+            tensors = [local_part(t) for t in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
             seed = self._seed(step, number) if self.stochastic_rounding else None
             copy = self.copies.take(weight) if self.copies else None
-            if has_kernel(weight):
+            if has_kernel(tensors[0]):
                 watch = None if copy is None else (self.copies.flag(weight.device), step)
                 adamw_(*tensors, here, seed, copy, watch, **numbers[step])
             else:
@@ -176,6 +186,8 @@ class MuonAdamW(FusedAdamW):
             wrong = [tuple(p.shape) for p in group["params"] if group.get("muon") and p.ndim not in (2, 3)]
             if wrong:
                 raise ValueError(f"muon=True holds a parameter of shape {wrong[0]}; give 2-D or (experts, A, B)")
+            if group.get("muon") and any(isinstance(p, DTensor) for p in group["params"]):
+                raise ValueError("optimizer=muon needs whole matrices, these are sharded; use optimizer=auto")
 
     def _update_group(self, group, clip, first):
         if not group.get("muon"):
@@ -283,8 +295,8 @@ class OptimizerSettings:
 
     optimizer: str = setting(
         "auto",
-        "torch: what optim names. fused: AdamW that clips inside its update. auto: fused on one GPU or under DDP where "
-        "optim is torch's AdamW and nothing is sharded, else torch. muon: Muon for matrices, AdamW else.",
+        "torch: what optim names. fused: AdamW that clips inside its update. auto: fused on GPUs, also under DDP and "
+        "FSDP2, where optim is torch's AdamW, else torch. muon: Muon for matrices, AdamW else.",
     )
     muon_learning_rate: float | None = setting(None, "Rate of Muon's matrices. Default: learning_rate.")
     muon_momentum: float = setting(0.95, "Momentum of Muon (torch.optim.Muon's default).")
@@ -338,13 +350,13 @@ class OptimizerMixin:
 
     def create_optimizer(self, model=None):
         kind = getattr(self.args, "optimizer", "torch")
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self._sharded_here
         if kind == "auto":
             kind = "torch" if sharded or not self._fused_adamw_serves(model) else "fused"
         if kind == "torch" or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         if sharded:
-            raise ValueError(f"optimizer={kind} needs whole parameters on each device; shard with optimizer=torch")
+            raise ValueError(f"optimizer={kind} does not know how this model is sharded; use optimizer=torch")
         model = self.model if model is None else model
         names, copies = self.get_decay_parameter_names(model), self._compute_copies()
         self.optimizer = make_optimizer(self.args, kind, model, names, copies)
@@ -360,11 +372,14 @@ class OptimizerMixin:
         return "gradients" if args.activation_checkpointing is True else True
 
     def _fused_adamw_serves(self, model):
-        """Whether AdamW is asked for, the kernel takes most of the weights, and no gradient scaler stands between."""
+        """Whether AdamW is asked for, no gradient scaler stands between, and the kernel takes most of the weights, or
+        some are sharded and some are not, which torch's AdamW would have to part: other groups than on one process."""
+        if not names_torch_adamw(self.args) or self.args.fp16:
+            return False
         weights = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-        covered = sum(p.numel() for p in weights if has_kernel(p)) > 0.9 * sum(p.numel() for p in weights)
         whole = not any(isinstance(p, DTensor) for p in weights)
-        return names_torch_adamw(self.args) and not self.args.fp16 and whole and covered
+        covered = sum(p.numel() for p in weights if has_kernel(p)) > 0.9 * sum(p.numel() for p in weights)
+        return whole and covered or self._sharded_here
 
     def _clipping_optimizer(self):
         """Our optimizer inside accelerate's wrapper, or None."""
@@ -376,10 +391,12 @@ class OptimizerMixin:
         if optimizer is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return optimizer.clip_gradients(model.parameters(), self.args.max_grad_norm)
+        norm = global_gradient_norm(model) if self.gradients_are_split else None
+        return optimizer.clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and self._clipping_optimizer() is not None:  # max_grad_norm=0: measured, not clipped
+        whole = self._clipping_optimizer() is not None and not self.gradients_are_split
+        if grad_norm is None and whole:  # max_grad_norm=0: measured, not clipped
             self.accelerator.unscale_gradients()
             return gradient_norm(model.parameters())
         return super()._get_grad_norm(model, grad_norm)

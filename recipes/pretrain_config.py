@@ -16,11 +16,12 @@ from trl import TrlParser
 
 from recipes.distributed_settings import DistributedSettings
 from recipes.optimizers import OptimizerSettings
+from recipes.parallel_settings import ParallelSettings, data_parallel_size
 from recipes.run_settings import RunSettings, setting
 
 
 @dataclass
-class PretrainConfig(DistributedSettings, OptimizerSettings, RunSettings, TrainingArguments):
+class PretrainConfig(DistributedSettings, ParallelSettings, OptimizerSettings, RunSettings, TrainingArguments):
     """Everything of `transformers.TrainingArguments`, with the defaults of the DeepSeek papers, and the fields below.
 
     Raises:
@@ -95,7 +96,7 @@ class PretrainConfig(DistributedSettings, OptimizerSettings, RunSettings, Traini
     @property
     def tokens_per_step(self):
         """Tokens in an optimizer step, over all processes."""
-        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        rows = self.train_batch_size * self.gradient_accumulation_steps * data_parallel_size(self)
         return rows * self.sequence_length
 
     def _check_model(self):

@@ -14,7 +14,7 @@ from recipes.recipe_trainer import RecipeTrainerMixin, Strided
 from recipes.row_order import RowOrder
 from recipes.sizing import device_peak_flops, flops_per_token
 
-MODEL_INPUTS = ("input_ids", "labels", "position_ids", "attention_mask")
+MODEL_INPUTS = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
 
 
 def count_tokens(batch):
@@ -122,7 +122,7 @@ class PretrainTrainer(RecipeTrainerMixin, CompressionMixin, Trainer):
         if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             mtp_loss = mtp_loss / self.current_gradient_accumulation_steps
         elif self.args.average_tokens_across_devices:
-            mtp_loss = mtp_loss * self.accelerator.num_processes
+            mtp_loss = mtp_loss * (self.accelerator.num_processes // self.get_tp_size())
         self.add_mtp_loss(mtp_loss)
 
     # -- evaluation
@@ -152,8 +152,8 @@ class PretrainTrainer(RecipeTrainerMixin, CompressionMixin, Trainer):
                     batch["sources"], -1, device=self.args.device))
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
-        sums = self.accelerator.reduce(sums, "sum").cpu()
-        self.expert_loads = loads.table(rows.sources, lambda counts: self.accelerator.reduce(counts, "sum"))
+        sums = self.sum_over_rows(sums).cpu()
+        self.expert_loads = loads.table(rows.sources, self.sum_over_rows)
         metrics = bits_per_byte_metrics(sums, rows.sources, rows.bytes_by_source())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))

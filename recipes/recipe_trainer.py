@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from recipes.checkpoints import CheckpointMixin
+from recipes.fsdp_setup import FsdpSetupMixin
 from recipes.hub_push import HubPushMixin
 from recipes.optimizers import OptimizerMixin
+from recipes.parallel_trainer import ParallelMixin
 
 
 class SpeedMeter:
@@ -75,7 +77,7 @@ class Strided(Dataset):
         return self.rows[self.indices[index]]
 
 
-class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
+class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin, FsdpSetupMixin):
     """Put before `transformers.Trainer` or one of TRL's trainers in the list of bases.
 
     A subclass calls `start_metering(flops_per_token)` at the end of its `__init__`, says how to count the tokens of a
@@ -83,7 +85,9 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
     """
 
     def start_metering(self, flops_per_token=None, peak_flops=None):
-        """`flops_per_token`, `peak_flops` (FLOP/s of a device): for MFU, which is left out without them."""
+        """`flops_per_token`, `peak_flops` (FLOP/s of a device): for MFU, which is left out without them. The model is
+        complete by now, and sharded where it is to be."""
+        self.shard_model()
         for callback in (ProgressCallback, PrinterCallback):  # recipes/logging_callbacks.py replaces them
             self.remove_callback(callback)
         self.speed = SpeedMeter(self.args.timing_warmup_steps, self.args.device)
@@ -141,7 +145,7 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
         steps = self.state.global_step - self._step_logged
         tokens, seconds, timed, all_tokens = self.speed.read()
         counts = torch.tensor([float(tokens), float(all_tokens)], dtype=torch.float64, device=self.args.device)
-        tokens, all_tokens = self.accelerator.reduce(counts, "sum").tolist()
+        tokens, all_tokens = self.sum_over_rows(counts).tolist()
         metrics = {"tokens": int(all_tokens)}
         if self._mtp_loss is not None:
             metrics["mtp_loss"] = self.accelerator.reduce(self._mtp_loss.double(), "mean").item() / steps
@@ -169,8 +173,8 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin):
             return super()._save_checkpoint(*args, **kwargs)
 
     def strided_eval_dataloader(self, dataset, rows_class=Strided):
-        """Every `world_size`-th row: nothing is repeated to even out batches, so sums are exact."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        """Every n-th row on n processes: nothing is repeated to even out batches, so sums are exact."""
+        rank, world = self.data_rank, self.data_processes
         if len(dataset) < world:
             raise ValueError(f"{len(dataset)} held-out rows are fewer than the {world} processes: hold out more text")
         rows = rows_class(dataset, rank, world)

@@ -10,7 +10,8 @@ it with the present run and names every difference as field, old, new. The rules
   (`OPEN_ENDED_SCHEDULES`, with warm-up given in steps); under the others the whole curve would
   change, so they count too.
 - Another split of the same step over micro-batches and processes, other versions of the libraries
-  and another device type are allowed with a warning: the same trajectory up to rounding.
+  and another device type are allowed with a warning: the same trajectory up to rounding. Another number of rows in a
+  step is refused, with the split that would keep it.
 """
 
 import json
@@ -18,6 +19,8 @@ import json
 import accelerate
 import torch
 import transformers
+
+from recipes.parallel_settings import data_parallel_size
 
 MODEL_BOOKKEEPING = {
     "_name_or_path", "_attn_implementation", "_experts_implementation", "_commit_hash", "architectures",
@@ -59,7 +62,7 @@ def describe_run(trainer):
         training |= {"max_steps": args.max_steps}
         if args.max_steps <= 0:
             training |= {"num_train_epochs": args.num_train_epochs}
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args)
     training |= {"sequences_per_step": step} | (trainer.resume_guard or {})
     config = model.config.to_dict() if hasattr(model, "config") else {}
     weights = next(model.parameters())
@@ -91,11 +94,38 @@ def _differences(old, new):
     ]
 
 
+def keep_step(rows, split):
+    """How a step of `rows` rows is kept on the processes of `split` (of `describe_run`), as text."""
+    processes, batch = split["processes"], split["per_device_train_batch_size"]
+    if rows % processes:
+        fitting = [number for number in range(1, rows + 1) if rows % number == 0]
+        shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
+        return f"{processes} processes cannot share {rows} rows; launch one of {shown}"
+    of_process = rows // processes
+    batch = max(size for size in range(1, min(batch, of_process) + 1) if of_process % size == 0)  # no more memory
+    return (f"keep {rows} rows with per_device_train_batch_size={batch}, gradient_accumulation_steps="
+            f"{of_process // batch} on {processes} {'processes' if processes > 1 else 'process'}")
+
+
+def _step_line(old, new):
+    """What `sequences_per_step` is made of, saved and now, and how to keep it."""
+    def made_of(run):
+        split = run.get("split") or dict.fromkeys(new["split"], "?")
+        return (f"{run['training']['sequences_per_step']} (per_device_train_batch_size="
+                f"{split['per_device_train_batch_size']} x gradient_accumulation_steps="
+                f"{split['gradient_accumulation_steps']} x {split['processes']} processes)")
+
+    return (f"rows of an optimizer step: {made_of(old)} -> {made_of(new)}; "
+            f"{keep_step(old['training']['sequences_per_step'], new['split'])}")
+
+
 def check_unchanged(old, new, allowed, checkpoint):
     """Lines to warn about. Raises ValueError when the trajectory would change and `allowed` is false."""
     changed = [f"model config, {line}" for line in _differences(old.get("model", {}), new["model"])] + _differences(
         old.get("training", {}), new["training"]
     )
+    known = old.get("training", {}).get("sequences_per_step")
+    changed = [_step_line(old, new) if known and line.startswith("sequences_per_step:") else line for line in changed]
     if changed and not allowed:
         raise ValueError(
             f"cannot resume from {checkpoint} with another configuration (field: saved -> now):\n  "

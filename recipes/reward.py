@@ -22,6 +22,7 @@ from recipes.callbacks import ExpertBalanceCallback
 from recipes.logging_callbacks import RunLogCallback
 from recipes.model_loading import load_chat_tokenizer
 from recipes.pretrain_config import parse_config
+from recipes.process_start import watched
 from recipes.reward_config import RewardRecipeConfig
 from recipes.reward_data import RewardEncoding, checksum, encode_rows, split_rows, without_trained
 from recipes.reward_models import KINDS, load_for_training
@@ -90,8 +91,9 @@ def run(args):
     trainer = build_trainer(args, load_chat_tokenizer(args))
     if not args.resume_from_checkpoint:
         trainer.require_fresh_output_dir()
-    trainer.train()
-    return finish_run(trainer)
+    with watched(trainer, trainer.resume_guard):
+        trainer.train()
+        return finish_run(trainer)
 
 
 def main(argv=None):

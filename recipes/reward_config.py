@@ -27,6 +27,8 @@ class RewardRecipeConfig(AdapterSettings, ModelSettings, RunSettings, RewardConf
         ValueError: for settings that cannot work, naming the field, its value and the way out.
     """
 
+    spreads = ("expert_parallel_size",)
+
     kind: str = setting(
         "preference", "preference (one reward a completion, from pairs) or process (one a step, from labelled steps)."
     )

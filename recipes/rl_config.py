@@ -30,6 +30,8 @@ class RLRecipeSettings(ModelSettings, AdapterSettings, TaskSettings, RunSettings
         ValueError: for settings that cannot work, naming the field, its value and the way out.
     """
 
+    spreads = ("expert_parallel_size",)
+
     # -- models
     ref_model_name_or_path: str | None = setting(
         None, "Reference of the KL penalty. Default: the model as it was at the start; with LoRA, its base."

@@ -10,6 +10,7 @@ from recipes.ema import EMACallback
 from recipes.evaluation import load_problems
 from recipes.logging_callbacks import RunLogCallback
 from recipes.model_loading import load_causal_lm, load_chat_tokenizer
+from recipes.process_start import watched
 from recipes.rl_data import build_prompts
 from recipes.rl_results import CompletionCallback, finish_run
 from recipes.rl_rewards import build_rewards
@@ -99,8 +100,9 @@ def run_stage(args, stage, build, before_first_step=None):
     trainer = build(args, tokenizer)
     if not args.resume_from_checkpoint:
         trainer.require_fresh_output_dir()  # now, and not after the evaluation
-    if before_first_step is not None and not resumes(args):
-        before_first_step(trainer)
-    before = evaluate_before(trainer)
-    trainer.train()
-    return finish_run(trainer, before, stage)
+    with watched(trainer, trainer.resume_guard):
+        if before_first_step is not None and not resumes(args):
+            before_first_step(trainer)
+        before = evaluate_before(trainer)
+        trainer.train()
+        return finish_run(trainer, before, stage)

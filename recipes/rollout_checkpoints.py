@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from recipes.elastic_checkpoints import saved_processes
+
 SHOWN = ("prompt", "completion", "advantages")  # of a rollout, beside its rewards: what samples are taken from
 
 
@@ -17,12 +19,13 @@ class RolloutCheckpointMixin:
         """The tokens counted at the routers since their biases moved: these buffers are not in the weights."""
         return {name: buffer for name, buffer in self._policy().named_buffers() if name.endswith("load_counts")}
 
-    def _rollout_file(self, folder):
-        return Path(folder) / f"rollout_{self.args.process_index}.pt"
+    def _rollout_file(self, folder, rank=None):
+        return Path(folder) / f"rollout_{self.args.process_index if rank is None else rank}.pt"
 
     def rollout_state(self):
         """What a resumed run needs to go on in the middle of a rollout: tensors and plain values."""
-        state = {"step": self._step, "rollout": None, "expert_counts": self._expert_counts()}
+        state = {"step": self._step, "accumulation": self.args.gradient_accumulation_steps, "rollout": None}
+        state["expert_counts"] = self._expert_counts()
         state["expert_load"] = dict(getattr(self._policy(), "expert_load", {}))  # logged until the biases move again
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"], state["split"] = self._buffered_inputs, self._split()
@@ -45,7 +48,9 @@ class RolloutCheckpointMixin:
                 f"{', '.join(str(now[name]) for name in changed)}: go on with the same, or from a checkpoint "
                 "between two rollouts"
             )
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        now = self.args.gradient_accumulation_steps  # between rollouts it may be another: steps are micro-batches
+        self._step = state["step"] * now // state.get("accumulation", now)
+        self._buffered_inputs = state["rollout"]
         for name, buffer in self._expert_counts().items():
             buffer.copy_(state["expert_counts"][name])
         if state.get("expert_load"):
@@ -64,10 +69,30 @@ class RolloutCheckpointMixin:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path = self._rollout_file(checkpoint)
+        saved = saved_processes(checkpoint)
+        if saved not in (0, self.args.world_size):
+            return self.load_rollout_state(self._state_of_others(checkpoint, saved))
+        self.load_rollout_state(self._read_rollout(checkpoint))
+
+    def _read_rollout(self, checkpoint, rank=None):
+        path = self._rollout_file(checkpoint, rank)
         if not path.is_file():
             raise ValueError(
-                f"{path} is missing: the checkpoint was saved with save_only_model, or by another number of processes "
-                "than now; start a new run from its weights"
+                f"{path} is missing: the checkpoint was saved with save_only_model, or not copied whole; start a new "
+                "run from its weights"
             )
-        self.load_rollout_state(torch.load(path, map_location=self.args.device, weights_only=True))
+        return torch.load(path, map_location=self.args.device, weights_only=True)
+
+    def _state_of_others(self, checkpoint, saved):
+        """What `saved` processes left between two rollouts, for the present number; the first has all their counts."""
+        states = [self._read_rollout(checkpoint, rank) for rank in range(saved)]
+        if states[0]["rollout"] is not None:
+            raise ValueError(
+                f"{checkpoint} lies within a rollout, of which each of {saved} processes holds a part: go on with "
+                f"{saved} processes, or from a checkpoint between two rollouts (save_steps a multiple of the optimizer "
+                "steps that a rollout is trained for)"
+            )
+        for name, counts in states[0]["expert_counts"].items():
+            others = sum(state["expert_counts"][name] for state in states[1:])
+            counts.copy_(counts + others if self.args.process_index == 0 else torch.zeros_like(counts))
+        return states[0]

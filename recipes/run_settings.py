@@ -81,6 +81,11 @@ class RunSettings:
         None, "true: newest complete checkpoint of output_dir; auto: that or a fresh start; or a checkpoint folder."
     )
     allow_config_change: bool = setting(False, "Resume although settings that shape the run have changed.")
+    async_save: bool = setting(
+        False,
+        "Write checkpoints beside training, which waits only until weights and states are copied to the host's memory "
+        "(12 bytes a parameter with fp32 AdamW, over all processes). They are in shards: see docs/launch.md.",
+    )
     overwrite_output_dir: bool = setting(False, "Start afresh in an output_dir with checkpoints, deleting them.")
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ from itertools import groupby
 
 import numpy
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -34,6 +35,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -157,18 +160,24 @@ class StopTexts(StoppingCriteria):
 # ---------------------------------------------------------------- the model
 
 
+def is_spread(model):
+    """Whether a forward pass takes all processes: parameters sharded by FSDP2 or ZeRO-3, or experts split over them."""
+    return any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or is_expert_parallel(parameter)
+        for parameter in model.parameters()
+    )
+
+
 def whole_model(model):
     """The model without DDP's wrapper.
 
     Raises:
-        ValueError: for parameters sharded over processes, which cannot generate by themselves.
+        ValueError: for a model spread over processes, which cannot generate on each by itself.
     """
     model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor" or hasattr(
-                parameter, "ds_id"):
-            raise ValueError(f"{name} is sharded over processes (FSDP or ZeRO-3): save the model and evaluate the "
-                             "folder with recipes/eval.py")
+    if is_spread(model):
+        raise ValueError(f"this {type(model).__name__} is spread over processes (FSDP, ZeRO-3, expert_parallel_size): "
+                         "save it and evaluate the folder with recipes/eval.py")  # fmt: skip
     return model
 
 

@@ -23,6 +23,7 @@ from recipes.evaluation import load_problems
 from recipes.logging_callbacks import RunLogCallback
 from recipes.model_loading import load_causal_lm, load_chat_tokenizer
 from recipes.pretrain_config import parse_config
+from recipes.process_start import watched
 from recipes.run_results import text_table
 from recipes.sft_config import SFTRecipeConfig
 from recipes.sft_data import Encoding, checksum, encode_dataset, hold_out, read_splits, training_template
@@ -100,9 +101,10 @@ def run(args):
     trainer = build_trainer(args, build_model(args, tokenizer), tokenizer)
     if not args.resume_from_checkpoint:
         trainer.require_fresh_output_dir()  # now, and not after the evaluation
-    before = evaluate_before(trainer)
-    trainer.train()
-    return finish_run(trainer, before)
+    with watched(trainer, trainer.resume_guard):
+        before = evaluate_before(trainer)
+        trainer.train()
+        return finish_run(trainer, before)
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from recipes.packed_rows import ExamplesCollator
+from recipes.parallel_settings import data_parallel_size
 from recipes.recipe_trainer import RecipeTrainerMixin
 from recipes.sizing import device_peak_flops, flops_per_token
 
@@ -80,11 +81,12 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
 
     def _check_enough_rows(self):
         args, rows = self.args, len(self.train_dataset)
-        needed = args.per_device_train_batch_size * args.world_size if args.dataloader_drop_last else 1
+        processes = data_parallel_size(args)
+        needed = args.per_device_train_batch_size * processes if args.dataloader_drop_last else 1
         if rows < needed:
             raise ValueError(
                 f"{rows} rows of examples fill no batch: per_device_train_batch_size="
-                f"{args.per_device_train_batch_size} times {args.world_size} processes is {needed}; lower it, or set "
+                f"{args.per_device_train_batch_size} times {processes} processes is {needed}; lower it, or set "
                 "dataloader_drop_last=false"
             )
 
@@ -152,7 +154,7 @@ class RecipeSFTTrainer(RecipeTrainerMixin, SFTTrainer):
             sums += torch.stack(part) if counted else 0
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
-        nats, right, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        nats, right, tokens = self.sum_over_rows(sums).tolist()
         metrics = {"loss": nats / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

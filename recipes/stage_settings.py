@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from recipes.adapters import LORA_GROUPS
+from recipes.distributed_settings import ProcessSettings
 from recipes.evaluation import EvaluationSettings
 from recipes.optimizers import OptimizerSettings
+from recipes.parallel_settings import ParallelSettings
 from recipes.run_settings import setting
 from recipes.sampling import SamplingSettings
 
@@ -19,7 +21,7 @@ def check_rules(args, rules):
 
 
 @dataclass
-class ModelSettings(OptimizerSettings):
+class ModelSettings(ProcessSettings, ParallelSettings, OptimizerSettings):
     """Weights, tokenizer and template that a stage starts from; how it is optimised."""
 
     model_name_or_path: str | None = setting(

@@ -2,6 +2,7 @@
 
 import copy
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -259,6 +260,19 @@ def check_evaluation_and_generation(folder):
         close(model(input_ids=mine).logits, whole(input_ids=joined).logits[rows])
     expected = whole.generate(joined, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(mine, max_new_tokens=4, min_new_tokens=4, do_sample=False), expected[rows])
+    longer = 2 + 3 * dist.get_rank()  # each waits for the last
+    ids = model.generate(mine, max_new_tokens=longer, min_new_tokens=longer, do_sample=False)
+    assert torch.equal(ids[:, : LENGTH + 2], expected[rows][:, : LENGTH + 2]) and ids.shape[1] == LENGTH + longer
+
+
+def check_copies(folder):
+    """A copy is split alike: its experts are each process' own, and their gradients are scaled once."""
+    whole = whole_model()
+    model = copy.deepcopy(parallelise_experts(copy.deepcopy(whole)))
+    assert len(expert_parameters(model)) == 2
+    joined, mine = batches()
+    close(step(model, mine), step(whole, joined, split=False))
+    assert_same(model, whole)
 
 
 def check_checkpoints(folder):
@@ -340,17 +354,37 @@ def check_shared_experts_overlap(folder):
         patch.setattr(Route, "start", lambda *args, **kwargs: events.append("start") or start(*args, **kwargs))
         patch.setattr(Route, "finish", lambda route: events.append("wait") or finish(route))
         loss = model(input_ids=batches()[1], labels=batches()[1]).loss
-        assert events == ["start"] * 3 + ["shared", "wait", "start", "wait"]
+        assert events == ["start"] * 2 + ["shared", "wait", "start", "wait"]
         events.clear()
         loss.backward()
     assert events == ["start", "wait", "start", "start", "shared", "wait"]
+
+
+def check_kernels(folder):
+    """The fused kernels on the rows that came, in Triton's interpreter; nothing is computed for others' pairs."""
+    from modeling_deepseek_r1 import experts as module
+
+    seen, fused = [], module.fused_experts
+
+    def spy(hidden, weights, order, back, *rest):
+        seen.append((order.numel(), back.numel()))
+        return fused(hidden, weights, order, back, *rest)
+
+    before, module.fused_experts = set_fused_kernels(True), spy
+    for spread in ("first", "random"):
+        uneven_layer("grouped_mm", [9, 4, 6, 5][: dist.get_world_size()], spread, torch.bfloat16)
+    split = seen[1::2]  # between them the whole layer's
+    computed = torch.tensor([order for order, _ in split])
+    dist.all_reduce(computed)
+    assert len(split) == 2 and computed.tolist() == [2 * 13] * 2 and split[1][0] < split[1][1]
+    set_fused_kernels(before)
 
 
 TWO = [
     check_a_token_goes_once_to_a_process, check_refusals, check_uneven_loads, check_grouped,
     check_eager_without_fused_functions, check_checkpointing, check_one_layer_under_checkpoint, check_ddp, check_fsdp,
     check_shared_experts_overlap, check_bfloat16, check_frozen_parts, check_evaluation_and_generation,
-    check_checkpoints,
+    check_checkpoints, check_copies,
 ]  # fmt: skip
 
 
@@ -364,7 +398,8 @@ def check_replicas(folder):
 
 def work(rank, world, folder, checks):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    wait = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
     for check in checks:
         try:
             check(folder)
@@ -382,6 +417,12 @@ def test_two_processes_equal_one(tmp_path):
 def test_four_processes_equal_one(tmp_path):
     checks = [check_refusals, check_uneven_loads, check_grouped, check_checkpoints, check_replicas, check_ddp]
     mp.spawn(work, (4, str(tmp_path), checks), nprocs=4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mp.spawn(work, (2, str(tmp_path), [check_kernels]), nprocs=2)
 
 
 def test_without_a_process_group_it_says_how_to_get_one():

@@ -260,6 +260,22 @@ def test_garbage_of_other_ranks_stays_out(monkeypatch, dtype):
     assert calls.count("_grouped_product") == 4 + 5 and (index == 5).any()
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_order_may_end_with_the_last_local_pair(dtype):
+    """Pairs of other ranks that are known to be there take no memory; the result is the same."""
+    module, index, hidden, weights, residual = case(10, 5, 3, "foreign", dtype)
+    inputs, target = (hidden, weights, residual, *module.parameters()), random(10, WIDTH)
+    order, back, offsets = sort_pairs(index, 5)
+    local = int(offsets[-1])
+    assert 0 < local < order.numel()
+    for recompute in (False, True):
+        outputs = [fused_experts(hidden, weights, part, back, offsets, *module.parameters(), residual,
+                                 recompute=recompute) for part in (order, order[:local])]  # fmt: skip
+        assert torch.equal(*outputs)
+        for full, short in zip(*(gradients(output, inputs, target) for output in outputs)):
+            assert torch.equal(full, short)
+
+
 def test_frozen_inputs_mixed_dtypes_and_checkpoints():
     """Gradients of what wants one only; hidden and residual in fp32 around bf16 matmuls; both kinds of checkpoint."""
     module, index, hidden, weights, residual = case(9, 6, 3, "ragged")
@@ -379,12 +395,13 @@ def test_inputs_and_saved_tensors_stay_as_they_are():
 @pytest.mark.parametrize("change, message", [
     ({"gate_up": (4, 20, 8)}, "must be"), ({"weights": (3, 2)}, "K choices"), ({"offsets": (5,)}, "5 entries"),
     ({"residual": (4, 9)}, "residual"), ({"dtype": FP16}, "cast both"), ({"shared": BF16}, "cast them"),
+    ({"order": 0}, "last local one"), ({"order": 9}, "last local one"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(change, message):
     sizes = {"gate_up": (4, 16, 8), "weights": (4, 2), "offsets": (4,), "residual": (4, 8)} | change
-    pairs = torch.zeros(8, dtype=torch.int32)
+    order, pairs = (torch.zeros(size, dtype=torch.int32) for size in (sizes.get("order", 8), 8))
     with pytest.raises(ValueError, match=message):
-        fused_experts(torch.zeros(4, 8), torch.zeros(sizes["weights"]), pairs, pairs, torch.zeros(sizes["offsets"]),
+        fused_experts(torch.zeros(4, 8), torch.zeros(sizes["weights"]), order, pairs, torch.zeros(sizes["offsets"]),
                       torch.zeros(sizes["gate_up"]), torch.zeros(4, 8, 8, dtype=sizes.get("dtype", FP32)),
                       torch.zeros(sizes["residual"]),
                       shared_weights=[torch.zeros(1, dtype=sizes.get("shared", FP32))] * 3)  # fmt: skip

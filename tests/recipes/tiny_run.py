@@ -54,14 +54,14 @@ def tiny_model(args, **changes):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def tiny_trainer(output_dir, model=None, train_dataset=None, **changes):
+def tiny_trainer(output_dir, model=None, train_dataset=None, eval_dataset=None, **changes):
     """A trainer as recipes/pretrain.py builds it, without tokenizer and samples."""
     args = tiny_config(output_dir, **changes)
     trainer = PretrainTrainer(
         model=tiny_model(args) if model is None else model,
         args=args,
         train_dataset=RandomRows(40) if train_dataset is None else train_dataset,
-        eval_dataset=RandomRows(9, seed=1, stride=LENGTH - 1),
+        eval_dataset=RandomRows(9, seed=1, stride=LENGTH - 1) if eval_dataset is None else eval_dataset,
         data_collator=PackingCollator(),
         callbacks=[ExpertBalanceCallback()],
     )
