@@ -104,7 +104,7 @@ class ElasticCheckpointMixin:
         return self._writer
 
     def _bare_model(self):
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def shards_model(self):
         """Whether weights are spread over processes in a way that we write: FSDP2, DTensors, our expert parallelism."""

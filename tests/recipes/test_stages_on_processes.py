@@ -1,4 +1,4 @@
-"""Every stage on two gloo processes: ranks that differ are named, a run ends as it should, one of four goes on on two."""
+"""Every stage on two gloo processes: ranks that differ are named, runs end as they should, and go on on others."""
 
 import contextlib
 import json
