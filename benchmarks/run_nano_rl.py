@@ -5,7 +5,7 @@
     python benchmarks/run_nano_rl.py --output_dir runs/nano_rl --stages rl --settings grpo zero --seeds 0 1 2
     python benchmarks/run_nano_rl.py --output_dir runs/nano_rl --stages               # the tables and the figure again
 
-Two branches from one base, pretrained on text of which 8 % are worked problems (data_scripts/worked_documents.py):
+Two branches from one base, pretrained on text of which 20 % are worked problems (data_scripts/worked_documents.py):
 R1-Zero (reinforcement learning from the base, its template and no fine-tuning) and the full one (a small cold start,
 then reinforcement learning). Runs of all settings and seeds stand side by side on the card; finished ones are not
 repeated, killed ones are resumed. Settings:
@@ -61,13 +61,13 @@ ARGUMENTS = {
              "--epsilon_high", "4e-4"],
 }  # fmt: skip
 # PPO takes these from GRPO's config, so that only the algorithm differs.
-SHARED = ("learning_rate", "lr_scheduler_type", "warmup_steps", "rewards", "reward_weights", "reward_kwargs",
+SHARED = ("optimizer", "learning_rate", "lr_scheduler_type", "warmup_steps", "rewards", "reward_weights", "reward_kwargs",
           "num_generations", "temperature", "max_completion_length", "max_prompt_length", "eval_tasks",
           "eval_problems", "eval_max_new_tokens", "eval_generation_batch_size")  # fmt: skip
 CONFIGS = {"nano": {"pretrain": "pretrain_nano", "cold": "sft_nano_cold", "grpo": "grpo_nano", "ppo": "ppo_nano"},
            "tiny": {"pretrain": "pretrain_tiny", "cold": "sft_tiny", "grpo": "grpo_tiny", "ppo": "ppo_tiny"}}
-PACKED = {"nano": ["--max_tokens", 2_800_000], "tiny": ["--max_tokens", 300_000, "--validation_fraction", 0.05]}
-MIXTURE = "text=55,code=18,multilingual=14,mathematics=5,worked=8"
+PACKED = {"nano": ["--max_tokens", 3_600_000], "tiny": ["--max_tokens", 300_000, "--validation_fraction", 0.05]}
+MIXTURE = "text=42,code=18,multilingual=14,mathematics=6,worked=20"
 PROMPTS = {"nano": (20_000, 240), "tiny": (64, 16)}
 SHORT = ["--eval_problems", "4", "--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
 REHEARSAL = {"pretrain": ["--max_steps", "12", "--warmup_steps", "2", *SHORT[2:], "--sample_steps", "0"],
@@ -137,11 +137,11 @@ def equal_steps(grpo, ppo):
 
 
 def make_data(folder, size):
-    """Conversations, worked documents of their training side, a packed set with both, prompts."""
+    """Conversations, worked documents of their training side, a packed set with both, prompts: pipeline_nano.yaml's."""
     tasks = read_config(size, "grpo")["eval_tasks"]
     call("-m", "data_scripts.prepare_sft", "--output_dir", folder / "data_sft", "--size", size)
     call("-m", "data_scripts.worked_documents", "--output_dir", folder / "worked", "--conversations",
-         folder / "data_sft", "--tasks", *tasks)  # fmt: skip
+         folder / "data_sft")  # fmt: skip
     call("-m", "data_scripts.prepare_pretraining", "--output_dir", folder / "data", "--size", size, *PACKED[size],
          "--source", f"worked={folder / 'worked'}", "--keep_overlaps", "worked", "--mixture", MIXTURE)  # fmt: skip
     train, test = PROMPTS[size]

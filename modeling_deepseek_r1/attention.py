@@ -8,6 +8,7 @@ from .decoding_attention import absorbed_attention, causal_chunk_attention
 from .decoding_cache import PrefillView
 from .documents import document_attention
 from .experts import compute_dtype
+from .flash_attention import attends_unpadded, flash_attention_4
 from .fused import runs_fused
 from .linear_weights import is_plain
 from .norms import DeepSeekR1RMSNorm
@@ -166,9 +167,14 @@ class DeepSeekR1LatentAttention(nn.Module):
 
     def attend(self, queries, keys, values, attention_mask, documents=None, **kwargs):
         """(B, H, S, nope + R) twice, (B, H, S, v) -> (B, S, H, v) and weights or None, by the chosen implementation."""
-        if documents is not None:
-            return document_attention(queries, keys, values, documents, self.scaling), None
         implementation = self.config._attn_implementation
+        dropout = self.attention_dropout if self.training else 0.0
+        if attends_unpadded(implementation, queries, keys, attention_mask, documents, **kwargs):
+            return flash_attention_4(queries, keys, values, self.scaling, documents, dropout), None
+        if documents is not None and implementation == "sdpa":
+            return document_attention(queries, keys, values, documents, self.scaling), None
+        if documents is not None:  # another flash attention, through the library
+            kwargs |= documents.as_arguments()
         # On a CPU, torch's fused kernel takes values only as wide as keys, and falls back to one 2 x slower.
         pad = implementation == "sdpa" and values.device.type == "cpu" and queries.shape[2] > 1
         missing_width = self.config.qk_head_dim - self.config.v_head_dim if pad else 0
@@ -180,7 +186,7 @@ class DeepSeekR1LatentAttention(nn.Module):
             keys,
             values,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )

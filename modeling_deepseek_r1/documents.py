@@ -1,7 +1,8 @@
 """Packed documents on a GPU: attention that skips what lies in other documents, instead of a dense mask.
 
 A mask (B, 1, S, S) drops torch's attention from cuDNN to a kernel that multiplies everything and is several times
-slower. Here the rows are one long row, and flash attention is told where its documents begin.
+slower. Here the rows are one long row, and flash attention is told where its documents begin: torch's own, or whichever
+version `attn_implementation` names.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .experts import compute_dtype
 from .fused import runs_fused
@@ -23,6 +25,13 @@ class Documents(NamedTuple):
 
     bounds: torch.Tensor
     longest: int
+
+    def as_arguments(self):
+        """What the library's flash attention functions call them; with these they join the rows."""
+        return {
+            "cu_seq_lens_q": self.bounds, "cu_seq_lens_k": self.bounds,
+            "max_length_q": self.longest, "max_length_k": self.longest,
+        }  # fmt: skip
 
 
 def find_documents(position_ids, rows):
@@ -40,13 +49,18 @@ def find_documents(position_ids, rows):
 
 
 def attends_to_documents(model, inputs_embeds):
-    """Whether `document_attention` serves a `DeepSeekR1Model`: on CUDA in half precision, under torch's attention, no
+    """Whether the attention of a `DeepSeekR1Model` is told where documents lie: always under a flash attention, which
+    takes no other mask; under torch's attention where `document_attention` serves: on CUDA in half precision, without
     dropout.
 
     Not where somebody put something else in the place of torch's attention, or hooks that can change an attention's
     arguments, as accelerate's context parallelism does: each process then has a part of the keys only.
     """
     config = model.config
+    if any(layer.self_attn._forward_pre_hooks_with_kwargs for layer in model.layers):
+        return False
+    if is_flash_attention_requested(config):
+        return not torch.compiler.is_compiling()  # how many there are is data
     return (
         config._attn_implementation == "sdpa"
         and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
@@ -58,7 +72,6 @@ def attends_to_documents(model, inputs_embeds):
         and config.v_head_dim <= config.qk_head_dim <= 256
         and config.qk_head_dim % 8 == 0
         and set(config.attention_types or ["latent"]) == {"latent"}
-        and not any(layer.self_attn._forward_pre_hooks_with_kwargs for layer in model.layers)
     )
 
 

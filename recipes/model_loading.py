@@ -109,12 +109,13 @@ def build_model(args, tokenizer):
 
     MTP layers that get no loss (mtp_loss_coef 0) are frozen: neither DDP nor AdamW should see them.
     """
-    config, dtype = build_config(args, tokenizer), getattr(torch, args.weights_dtype)
+    config = build_config(args, tokenizer)
+    kwargs = {"dtype": getattr(torch, args.weights_dtype), "attn_implementation": args.attn_implementation}
     if args.model_name_or_path is None:
         with builds_on(args):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, **kwargs)
     else:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **kwargs)
     if config.num_nextn_predict_layers and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()

@@ -84,5 +84,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # what a user can mend needs no traceback
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend needs no traceback
         sys.exit(f"{type(error).__name__}: {error}")

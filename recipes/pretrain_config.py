@@ -41,6 +41,10 @@ class PretrainConfig(DistributedSettings, OptimizerSettings, RunSettings, Traini
     tokenizer_name_or_path: str | None = setting(
         None, "Folder or Hub name of the tokenizer. Default: that of a packed data set, else model_name_or_path."
     )
+    attn_implementation: str | None = setting(
+        None, "Attention, by the library's names. Default: sdpa (torch's). flash_attention_4 needs the package "
+        "flash-attn-4 and a Hopper GPU or newer."
+    )  # fmt: skip
     # -- data
     dataset_name: str | None = setting(None, "Hub name, folder, .jsonl or text file of training documents.")
     errors: str = setting("strict", "Unreadable files and lines: strict stops, skip leaves them out and counts them.")

@@ -8,7 +8,7 @@ import torch
 from transformers import get_scheduler
 
 import recipes
-from recipes.model_loading import build_config, find_tokenizer, load_tokenizer
+from recipes.model_loading import build_config, build_model, find_tokenizer, load_tokenizer
 from recipes.pretrain_config import PretrainConfig, parse_config
 from tests.recipes.tiny_run import SIZES, tiny_config
 
@@ -144,6 +144,11 @@ def test_sequence_longer_than_the_positions(tmp_path):
 def test_label_smoothing_goes_to_the_model(tmp_path):
     args = tiny_config(tmp_path, label_smoothing_factor=0.1, model_config=dict(SIZES))
     assert build_config(args).label_smoothing == 0.1
+
+
+@pytest.mark.parametrize("given, built", [([], "sdpa"), (["--attn_implementation", "eager"], "eager")])
+def test_attention_is_chosen_by_name(given, built):
+    assert build_model(parse(*given), None).config._attn_implementation == built
 
 
 def test_a_group_and_its_single_values_come_together():
