@@ -8,7 +8,8 @@ A run or a command is started, killed at a random time, started again, ..., unti
 - training (checkpoints at every step): the newest complete checkpoint verifies (sizes and sha256), and no older one has
   taken its place; at the end records and weights equal those of a run that was left alone, bit for bit;
 - ranks, shards: the same of a run on two processes, of which one is killed: under DDP, and sharded by FSDP2 and saved
-  beside training. The other ends by itself within a minute (the slowest is shown);
+  beside training. The other ends by itself within a minute (the slowest is shown): where one dies before they have met,
+  after `collective_timeout_s`, 15 s here; under a launcher at once;
 - export, cast: the target is absent, or complete and equal to that of a command that was left alone;
 - upload (to the tests' stand-in for the Hub): the branch holds the old files or the new ones, never a mixture.
 
@@ -135,7 +136,7 @@ class Ranks(Training):
     def __init__(self, kind, folder, log):
         self.sharded, self.slowest_end = kind == "shards", 0.0
         self.options = ("--per_device_train_batch_size", "2", "--ema_decay", "0", "--dead_rank_s", "5",
-                        *(("--async_save", "true") if self.sharded else ()))  # fmt: skip
+                        "--collective_timeout_s", "15", *(("--async_save", "true") if self.sharded else ()))  # fmt: skip
         self.stage, self.folder, self.log, self.newest = "pretrain", folder, log, 0
         self.whole, self.target = folder / f"{kind}_whole", folder / f"{kind}_killed"
         self.seconds = finish(self.work_in(self.whole), log)

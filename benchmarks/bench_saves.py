@@ -80,7 +80,8 @@ def measure(kind, args, data, folder):
     fields, rows, length = SIZES[args.size]()
     settings = PretrainConfig(
         output_dir=str(folder / kind), dataset_name=str(data), sequence_length=length, save_total_limit=1,
-        model_config=fields | {"num_nextn_predict_layers": 0}, max_steps=args.saves * args.every + 1, save_steps=args.every,
+        model_config=fields | {"num_nextn_predict_layers": 0}, save_steps=args.every,
+        max_steps=args.saves * args.every + 1,
         per_device_train_batch_size=rows, logging_steps=args.every, eval_strategy="no", sample_prompts=[],
         report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), async_save=kind == "beside",
     )  # fmt: skip
@@ -99,8 +100,8 @@ def measure(kind, args, data, folder):
     whole = [marked - start for (start, _), marked in zip(clock.saves, clock.marked)]
     alone, during = ([seconds for seconds, busy in clock.steps if busy == wanted] for wanted in (False, True))
     step = f"{statistics.median(alone):.3f} s alone" + (f", {statistics.median(during):.3f} s beside" if during else "")
-    return (f"{size / 2**30:.2f} GiB, waits {statistics.median(waits):.2f} s (slowest {max(waits):.2f} s), complete after "
-            f"{statistics.median(whole):.2f} s, step {step}")
+    return (f"{size / 2**30:.2f} GiB, waits {statistics.median(waits):.2f} s (slowest {max(waits):.2f} s), complete "
+            f"after {statistics.median(whole):.2f} s, step {step}")
 
 
 def make_data(folder, size, rows):

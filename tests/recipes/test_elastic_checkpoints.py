@@ -206,8 +206,8 @@ def failing_writer(rank, at):
 def test_an_error_of_one_writer_comes_up_on_all_ranks(tmp_path, at):
     """At the next save, or at the end; the checkpoint before is intact, and the run is resumed from it."""
     folder = tmp_path / "run"
-    options = dict(per_device_train_batch_size=ROWS // 2, gradient_accumulation_steps=1, eval_strategy="no", save_steps=2,
-                   async_save=True, resume_from_checkpoint="auto")
+    options = dict(per_device_train_batch_size=ROWS // 2, gradient_accumulation_steps=1, eval_strategy="no",
+                   save_steps=2, async_save=True, resume_from_checkpoint="auto")
 
     def work(rank):
         failing_writer(1, at)
