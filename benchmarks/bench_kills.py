@@ -1,12 +1,15 @@
 """Real kills: SIGKILL at random times, in training runs, in the commands that write checkpoint folders, in uploads.
 
-    python benchmarks/bench_kills.py [--kills 50] [--kinds pretrain ppo export cast upload] [--seed 0]
+    python benchmarks/bench_kills.py [--kills 50] [--kinds pretrain ppo ranks shards export cast upload] [--seed 0]
 
 A run or a command is started, killed at a random time, started again, ..., until it completes; then anew, until
 `--kills` processes of each kind have been killed. After each kill:
 
 - training (checkpoints at every step): the newest complete checkpoint verifies (sizes and sha256), and no older one has
   taken its place; at the end records and weights equal those of a run that was left alone, bit for bit;
+- ranks, shards: the same of a run on two processes, of which one is killed: under DDP, and sharded by FSDP2 and saved
+  beside training. The other ends by itself within a minute (the slowest is shown): where one dies before they have met,
+  after `collective_timeout_s`, 15 s here; under a launcher at once;
 - export, cast: the target is absent, or complete and equal to that of a command that was left alone;
 - upload (to the tests' stand-in for the Hub): the branch holds the old files or the new ones, never a mixture.
 
@@ -39,6 +42,7 @@ from recipes.checkpoint_files import find_problem, is_unfinished, list_checkpoin
 from recipes.hub_commit import commit_files
 from recipes.run_results import text_table
 from tests.hub.hub_server import TOKEN, HubServer
+from tests.recipes.processes import FSDP, start_ranks, wait_for
 from tests.recipes.tiny_run import SIZES
 from tests.recipes.tiny_stages import RECIPES, arguments, differences, make_base
 
@@ -103,6 +107,9 @@ class Training:
         more = (*EVERY_STEP, "--resume_from_checkpoint", "auto")
         return lambda: RECIPES[self.stage].main(arguments(self.folder, self.stage, target, *more)) and 0
 
+    def kill(self, work, seconds, generator):
+        return killed(work, self.log, seconds)
+
     def start_anew(self):
         self.newest = 0
         shutil.rmtree(self.target, ignore_errors=True)
@@ -121,6 +128,42 @@ class Training:
         return differences(self.target, self.whole) == []
 
 
+class Ranks(Training):
+    """Two processes over gloo; one of them, drawn at random, is killed."""
+
+    window = (0.1, 1.0)
+
+    def __init__(self, kind, folder, log):
+        self.sharded, self.slowest_end = kind == "shards", 0.0
+        self.options = ("--per_device_train_batch_size", "2", "--ema_decay", "0", "--dead_rank_s", "5",
+                        "--collective_timeout_s", "15", *(("--async_save", "true") if self.sharded else ()))  # fmt: skip
+        self.stage, self.folder, self.log, self.newest = "pretrain", folder, log, 0
+        self.whole, self.target = folder / f"{kind}_whole", folder / f"{kind}_killed"
+        self.seconds = finish(self.work_in(self.whole), log)
+
+    def start(self, target):
+        more = (*EVERY_STEP, *self.options, "--resume_from_checkpoint", "auto")
+        work = lambda rank: RECIPES["pretrain"].main(arguments(self.folder, "pretrain", target, *more))
+        return start_ranks(2, work, self.log.parent / "ranks", FSDP if self.sharded else {})
+
+    def work_in(self, target):
+        return lambda: int(wait_for(self.start(target)) != [0, 0])
+
+    def kill(self, work, seconds, generator):
+        children, end = self.start(self.target), time.perf_counter() + seconds
+        ended = lambda child: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        while time.perf_counter() < end and not any(map(ended, children)):
+            time.sleep(0.0005)
+        os.kill(generator.choice(children), signal.SIGKILL)
+        end = time.perf_counter()
+        codes = wait_for(children, 60)
+        self.slowest_end = max(self.slowest_end, time.perf_counter() - end)
+        if 1 in codes and -signal.SIGKILL not in codes:
+            log = "".join(path.read_text()[-2000:] for path in (self.log.parent / "ranks").glob("*.log"))
+            raise RuntimeError(f"a rank failed before the kill: {log}")
+        return -signal.SIGKILL in codes
+
+
 class Command:
     """`python -m modeling_deepseek_r1.checkpoint export` or `cast` of a model in many shards."""
 
@@ -134,6 +177,9 @@ class Command:
     def work_in(self, target):
         to = ("--to", "fp8") if self.name == "cast" else ()
         return lambda: checkpoint.main([self.name, str(self.source), str(target), "--max_shard_size", "300KB", *to])
+
+    def kill(self, work, seconds, generator):
+        return killed(work, self.log, seconds)
 
     def start_anew(self):
         for path in (self.target, *self.target.parent.glob(f".{self.target.name}.*")):
@@ -178,6 +224,9 @@ class Upload:
         self.hub.requests.clear()
         return lambda: self.push(self.new)
 
+    def kill(self, work, seconds, generator):
+        return killed(work, self.log, seconds)
+
     def start_anew(self):
         self.hub.repos.clear()
         self.hub.objects.clear()
@@ -201,7 +250,7 @@ def run_kind(task, kills, generator):
         task.start_anew()
         work, complete = task.work_in(task.target), False
         while not complete and found["kills"] < kills:
-            if killed(work, task.log, generator.uniform(*task.window) * task.seconds):
+            if task.kill(work, generator.uniform(*task.window) * task.seconds, generator):
                 found["kills"] += 1
                 found["while writing"] += task.was_writing()
                 found["intact"] += task.is_intact()
@@ -211,6 +260,8 @@ def run_kind(task, kills, generator):
             finish(work, task.log)  # the attempt after the last kill
         found["runs"] += 1
         found["completed"] += task.is_whole()
+    if hasattr(task, "slowest_end"):
+        found["slowest end"] = f"{task.slowest_end:.1f} s"
     return found
 
 
@@ -225,7 +276,8 @@ def make_shards(folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {"pretrain": Training, "ppo": Training, "export": Command, "cast": Command, "upload": Upload}
+    kinds = {"pretrain": Training, "ppo": Training, "ranks": Ranks, "shards": Ranks}
+    kinds |= {"export": Command, "cast": Command, "upload": Upload}
     parser.add_argument("--kills", type=int, default=50, help="of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--seed", type=int, default=0, help="of the random times")

@@ -61,8 +61,8 @@ ARGUMENTS = {
              "--epsilon_high", "4e-4"],
 }  # fmt: skip
 # PPO takes these from GRPO's config, so that only the algorithm differs.
-SHARED = ("optimizer", "learning_rate", "lr_scheduler_type", "warmup_steps", "rewards", "reward_weights", "reward_kwargs",
-          "num_generations", "temperature", "max_completion_length", "max_prompt_length", "eval_tasks",
+SHARED = ("optimizer", "learning_rate", "lr_scheduler_type", "warmup_steps", "rewards", "reward_weights",
+          "reward_kwargs", "num_generations", "temperature", "max_completion_length", "max_prompt_length", "eval_tasks",
           "eval_problems", "eval_max_new_tokens", "eval_generation_batch_size")  # fmt: skip
 CONFIGS = {"nano": {"pretrain": "pretrain_nano", "cold": "sft_nano_cold", "grpo": "grpo_nano", "ppo": "ppo_nano"},
            "tiny": {"pretrain": "pretrain_tiny", "cold": "sft_tiny", "grpo": "grpo_tiny", "ppo": "ppo_tiny"}}
@@ -136,14 +136,15 @@ def equal_steps(grpo, ppo):
 # ---------------------------------------------------------------- stages
 
 
-def make_data(folder, size):
+def make_data(folder, size, mixture=MIXTURE, max_tokens=None):
     """Conversations, worked documents of their training side, a packed set with both, prompts: pipeline_nano.yaml's."""
     tasks = read_config(size, "grpo")["eval_tasks"]
     call("-m", "data_scripts.prepare_sft", "--output_dir", folder / "data_sft", "--size", size)
     call("-m", "data_scripts.worked_documents", "--output_dir", folder / "worked", "--conversations",
          folder / "data_sft")  # fmt: skip
     call("-m", "data_scripts.prepare_pretraining", "--output_dir", folder / "data", "--size", size, *PACKED[size],
-         "--source", f"worked={folder / 'worked'}", "--keep_overlaps", "worked", "--mixture", MIXTURE)  # fmt: skip
+         *(["--max_tokens", max_tokens] if max_tokens else []), "--source", f"worked={folder / 'worked'}",
+         "--keep_overlaps", "worked", "--mixture", mixture)  # fmt: skip
     train, test = PROMPTS[size]
     call("-m", "data_scripts.prepare_prompts", "--output_dir", folder / "prompts", "--tasks", *tasks,
          "--train", train, "--test", test)  # fmt: skip
@@ -319,11 +320,18 @@ def split_overrides(arguments, size):
 
 
 def print_pilots(path):
-    """Mean over the tasks, in per cent, of each single run, before (where it was evaluated) and after."""
+    """Mean over the tasks, in per cent, of each single run, before (where it was evaluated) and after; how many tasks
+    gained ten points."""
     for name, run in json.loads(path.read_text(encoding="utf-8")).items():
-        means = (f"{end} {100 * sum(task['value'] for task in tasks.values()) / len(tasks):.1f}"
-                 for end, tasks in run["tasks"].items())  # fmt: skip
-        print(name.ljust(24), ", ".join(means))
+        ends = run["tasks"]
+        parts = [f"{end} {100 * sum(task['value'] for task in tasks.values()) / len(tasks):.1f}"
+                 for end, tasks in ends.items()]  # fmt: skip
+        if len(ends) == 2:
+            after, before = ends["after"], ends["before"]
+            gains = {task: 100 * (after[task]["value"] - before[task]["value"]) for task in after}
+            large = sorted((task for task in gains if gains[task] > 9.99), key=gains.get, reverse=True)
+            parts += [f"{task} {gains[task]:+.1f}" for task in large]
+        print(name.ljust(24), ", ".join(parts))
 
 
 def print_graph(path):
@@ -350,6 +358,8 @@ def main(argv=None):
     parser.add_argument("--cold", type=Path, help="a fine-tuned model instead of that of the stage cold")
     parser.add_argument("--plain_base", type=Path, help="for zero_plain: a base without worked documents")
     parser.add_argument("--size", default="nano", choices=CONFIGS, help="tiny: a rehearsal on a CPU")
+    parser.add_argument("--mixture", default=MIXTURE, help="of the base's text, by the stage data")
+    parser.add_argument("--max_tokens", type=int, help="of that text")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=["grpo", "grpo_no_replay", "ppo", "zero"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--learning_rates", nargs="*", type=float, default=[], help="pilots: each setting at each rate")
@@ -366,7 +376,7 @@ def main(argv=None):
         raise SystemExit(f"--parallel {args.parallel} must be at least 1")
     folder, of_stage = args.output_dir.resolve(), split_overrides(overrides, args.size)
     if "data" in args.stages:
-        make_data(folder, args.size)
+        make_data(folder, args.size, args.mixture, args.max_tokens)
     for stage in ("pretrain", "cold"):
         if stage in args.stages:
             train_stage(folder, stage, args.size, of_stage[stage])

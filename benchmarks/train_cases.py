@@ -3,8 +3,8 @@
 A job is a dict that one process measures (bench_train.py starts it): variant, device, fields (of the model's config),
 batch, length, steps, warmup, seed, spawned (time.time() when its process was started). Variants are named
 <who>-<weights>[-compiled][-clipped][-fused]: `fp32` means fp32 master weights, on CUDA with bf16 autocast; `bf16`
-bf16 weights and optimizer states; `clipped`, gradient clipping at 1; `fused`, clipping inside the update
-(recipes/optimizers.py).
+bf16 weights and optimizer states; `clipped`, gradient clipping at 1; `fused`, clipping inside the update, and bf16
+copies of fp32 weights kept by it (recipes/optimizers.py).
 """
 
 import contextlib
@@ -106,7 +106,8 @@ class BareStep:
         if self.fused:
             from recipes.optimizers import FusedAdamW
 
-            self.optimizer = FusedAdamW(model.parameters(), lr=learning_rate)
+            copies = "fp32" in options and ("gradients" if job.get("checkpointing") else True)  # as recipes/pretrain.py
+            self.optimizer = FusedAdamW(model.parameters(), lr=learning_rate, compute_copies=copies)
         else:
             self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
 

@@ -34,7 +34,7 @@ KINDS = (
 )  # fmt: skip
 # cuDNN's and CUTLASS's attention and matmul names are long: they hold words that mean other kinds elsewhere.
 CERTAIN = (("fused by the compiler", r"^triton_"),
-           ("attention", r"^cudnn_generated.*sdpa|^fmha_|flash_(fwd|bwd)|_scaled_dot_product"),
+           ("attention", r"^cudnn_generated.*sdpa|^void cudnn::fusion|^fmha_|flash_(fwd|bwd)|_scaled_dot_product"),
            ("dense matmul", r"^nvjet|^aten::(mm|addmm|bmm)$"))  # fmt: skip
 RANGES = ("Optimizer.", "## Call", "Torch-Compiled", "ProfilerStep")  # not kernels
 TOP = 25
@@ -46,7 +46,7 @@ def own_kernels():
     kinds = {}
     for path, kind in OWN_FILES.items():
         source = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
-        kinds |= {name: OWN_NAMES.get(name, kind) for name in re.findall(r"@triton\.jit\s+def (\w+)", source)}
+        kinds |= {name: OWN_NAMES.get(name, kind) for name in re.findall(r"@triton\.jit(?:\(.*\))?\s+def (\w+)", source)}
     return kinds
 
 

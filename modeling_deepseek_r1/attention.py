@@ -4,17 +4,19 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compute_copies import in_dtype
 from .decoding_attention import absorbed_attention, causal_chunk_attention
 from .decoding_cache import PrefillView
 from .documents import document_attention
 from .experts import compute_dtype
 from .flash_attention import attends_unpadded, flash_attention_4
 from .fused import runs_fused
-from .linear_weights import is_plain
+from .linear_weights import is_intercepted, is_plain, project
 from .norms import DeepSeekR1RMSNorm
 from .rotary import rotate, softmax_scale
-from .training_blocks import can_turn_in_place, fused_queries_keys
+from .training_blocks import can_turn_in_place, fused_queries_keys, fused_split_rms_norm
 from .training_cpu import CausalAttentionFunction, attends
+from .training_linear import fused_two_linears
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -70,8 +72,8 @@ class DeepSeekR1LatentAttention(nn.Module):
     def flat_queries(self, hidden_states):
         """(B, S, D) -> (B, S, H (nope + rope)); Eqs. 6-9 without the rotation."""
         if self.q_lora_rank is None:
-            return self.q_proj(hidden_states)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            return project(self.q_proj, hidden_states)
+        return project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_states)))
 
     def project_queries(self, hidden_states):
         """(B, S, D) -> (B, H, S, nope + rope); Eqs. 6-9 without the rotation."""
@@ -142,10 +144,35 @@ class DeepSeekR1LatentAttention(nn.Module):
     def project(self, hidden_states):
         """(B, S, D) -> queries (B, S, H (nope + R)), expanded latents (B, S, H (nope + v)), rotary key (B, S, R); none
         of them rotated."""
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+        latent, key_rope = project(self.kv_a_proj_with_mqa, hidden_states).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
-        return self.flat_queries(hidden_states), self.kv_b_proj(self.kv_a_layernorm(latent)), key_rope
+        return self.flat_queries(hidden_states), project(self.kv_b_proj, self.kv_a_layernorm(latent)), key_rope
+
+    def project_fused(self, hidden_states):
+        """`project` with one gradient for the hidden states and one for the compressed latents and rotary key, where
+        nobody has a hand in between."""
+        first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        second, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
+        # A subclass may multiply in its own way.
+        kinds = type(first), type(second), type(norm)
+        plain = kinds == (nn.Linear, nn.Linear, DeepSeekR1RMSNorm) and is_plain(first) and is_plain(second)
+        if (
+            not plain
+            or is_intercepted(norm)
+            or not torch.is_grad_enabled()
+            or not runs_fused(hidden_states, first.weight, second.weight)
+        ):
+            return self.project(hidden_states)
+        dtype = compute_dtype(hidden_states)
+        weights = (in_dtype(linear.weight, dtype) for linear in (first, second))
+        queries, compressed = fused_two_linears(hidden_states.to(dtype), *weights)
+        latent, key_rope = fused_split_rms_norm(
+            compressed, norm.weight, norm.variance_epsilon, norm.output_dtype(compressed)
+        )
+        if self.q_lora_rank is not None:
+            queries = project(self.q_b_proj, self.q_a_layernorm(queries))
+        return queries, project(self.kv_b_proj, latent), key_rope
 
     def attend_on_cpu(self, hidden_states, position_embeddings, attention_mask):
         """The whole of `forward` up to the output projection, without a cache, where `runs_on_cpu`."""
@@ -157,7 +184,7 @@ class DeepSeekR1LatentAttention(nn.Module):
 
     def attend_fused(self, hidden_states, position_embeddings, attention_mask, **kwargs):
         """The whole of `forward` up to the output projection, without a cache: queries and keys in one pass."""
-        queries, expanded, key_rope = self.project(hidden_states)
+        queries, expanded, key_rope = self.project_fused(hidden_states)
         config, last = self.config, self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries, keys, values = fused_queries_keys(
             queries, expanded, key_rope, *position_embeddings, config.qk_nope_head_dim, config.qk_rope_head_dim,
@@ -195,7 +222,7 @@ class DeepSeekR1LatentAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
         if past_key_values is None and runs_fused(hidden_states, self.kv_a_layernorm.weight):
             output, weights = self.attend_fused(hidden_states, position_embeddings, attention_mask, **kwargs)
-            return self.o_proj(output.flatten(2)), weights
+            return project(self.o_proj, output.flatten(2)), weights
         if past_key_values is None and self.runs_on_cpu(hidden_states, attention_mask, **kwargs):
             output = self.attend_on_cpu(hidden_states, position_embeddings, attention_mask)
             return self.o_proj(output.flatten(2)), None

@@ -43,8 +43,9 @@ class DeepSeekR1DecoderLayer(GradientCheckpointingLayer):
         kept_routes=None,
         **kwargs,
     ):
+        hidden_states, normed = add_and_norm(self.input_layernorm, hidden_states)
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,

@@ -110,7 +110,7 @@ def _take_rows(source, route, dtype):
     """source (T, D) -> the rows to send (S, D)."""
     size = route.back.shape[1]
     if runs_fused(source):
-        return KERNELS.gather_rows(source.contiguous(), route.order, route.ends, size, dtype)
+        return KERNELS.gather_rows(source.contiguous(), route.back.flatten(), route.ends, route.order.numel(), dtype)
     return source.index_select(0, route.order // size).to(dtype)
 
 

@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface
 
+from .compute_copies import in_dtype
 from .fused import runs_fused
 from .layout import fuse_expert_keys
 from .training_cpu import ExpertsFunction, is_silu, serves
@@ -65,15 +66,17 @@ class DeepSeekR1Experts(nn.Module):
         )
 
     def fused(
-        self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False, pairs=None
-    ):
-        """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`:
-        see `fused_experts`. `pairs`: how many of `top_k_index` are below E, where that is known."""
+        self, hidden_states, top_k_index, top_k_weights, residual=None, shared=None, recompute=False,
+        shared_weights=None, pairs=None,
+    ):  # fmt: skip
+        """`forward`, plus `residual` and `shared` (T, D) if they are given, by the kernels of training. `recompute`,
+        `shared_weights`: see `fused_experts`. `pairs`: how many of `top_k_index` are below E, where that is known."""
         dtype = compute_dtype(hidden_states)
         order, back, offsets = sort_pairs(top_k_index, self.num_experts)
         return fused_experts(
             hidden_states.to(dtype), top_k_weights, order[:pairs], back, offsets,
-            self.gate_up_proj.to(dtype), self.down_proj.to(dtype), residual, shared, recompute,
+            in_dtype(self.gate_up_proj, dtype), in_dtype(self.down_proj, dtype), residual, shared, recompute,
+            shared_weights,
         )  # fmt: skip
 
 
@@ -130,9 +133,9 @@ def grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights):
     rows = _TakeRows.apply(hidden_states.to(dtype), order, back, top_k)
     foreign = (expert_of[order] == self.num_experts).unsqueeze(-1) if self._is_expert_parallel else None
     rows = rows if foreign is None else rows.masked_fill(foreign, 0.0)
-    hidden = grouped_linear(rows, self.gate_up_proj.to(dtype), offsets)
+    hidden = grouped_linear(rows, in_dtype(self.gate_up_proj, dtype), offsets)
     hidden = hidden if foreign is None else hidden.masked_fill(foreign, 0.0)
-    result = grouped_linear(self._apply_gate(hidden), self.down_proj.to(dtype), offsets)
+    result = grouped_linear(self._apply_gate(hidden), in_dtype(self.down_proj, dtype), offsets)
     result = result if foreign is None else result.masked_fill(foreign, 0.0)
 
     # A gather and a sum over the choices, not an index_add: the same result on every run, also on CUDA.

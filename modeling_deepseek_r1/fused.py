@@ -4,9 +4,11 @@ On CUDA the layers call hand-written Triton kernels for what stands between the 
 compiled but these, so that the first step comes within seconds. Under `torch.compile` and export the plain path runs,
 which the compiler fuses itself. On a CPU in fp32 the functions of `training_cpu` take their place. For comparison,
 `set_fused_kernels(False)`, or DEEPSEEK_R1_FUSED=0 in the environment, turns off both, and plain torch runs everywhere;
-`set_fused_kernels(True)` also runs the kernels in Triton's interpreter, on a CPU.
+`set_fused_kernels(True)` also runs the kernels in Triton's interpreter, on a CPU. `set_second_stream(True)` lets the
+shared experts run beside the routed ones.
 """
 
+import contextlib
 import functools
 import os
 
@@ -20,6 +22,7 @@ except ImportError:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _enabled = None if os.environ.get("DEEPSEEK_R1_FUSED", "1") != "0" else False
+_second_stream, _streams = False, {}  # {device: its second stream}
 
 
 def set_fused_kernels(enabled):
@@ -61,3 +64,41 @@ def runs_fused(*tensors):
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and all(tensor.dtype in FLOATS and type(tensor) in _PLAIN for tensor in tensors)
     )
+
+
+def set_second_stream(enabled):
+    """Lets the shared experts' kernels run on a second CUDA stream, beside the routed experts'. Returns what was set
+    before: False by default. The same numbers either way; elsewhere than on CUDA it does nothing."""
+    global _second_stream
+    before, _second_stream = _second_stream, enabled
+    return before
+
+
+def _stream_of(device):
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+@contextlib.contextmanager
+def beside(tensor):
+    """What is launched inside runs on the second stream of the tensor's device, if that is switched on, after all that
+    was launched before and beside what will be until `join`.
+
+    Nothing that is used inside, or was made inside, may be let go of between the block and `join`. Then memory is safe
+    without `record_stream`: what is made inside comes from the second stream's own pool, and returns to it for a later
+    block, which waits for all that was launched before it.
+    """
+    if not (_second_stream and tensor.is_cuda):
+        yield
+        return
+    stream = _stream_of(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join(tensor):
+    """The current stream waits for what ran `beside` it on the tensor's device."""
+    if _second_stream and tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).wait_stream(_stream_of(tensor.device))

@@ -1,9 +1,10 @@
 """Cross-entropy of a chunk of logits and its gradient in one Triton kernel, and the chunks' matmuls around it.
 
 One program serves a token. A first sweep over its row of logits keeps the maximum and the sum of exponentials as it
-goes (Milakov and Gimelshein, arXiv:1805.02867); a second one, which finds the row in the second-level cache, writes
-softmax(logits) - (1 - e) * onehot - e / V over the logits, in their dtype. So a logit of the compute dtype costs main
-memory one read and one write; arithmetic is fp32.
+goes (Milakov and Gimelshein, arXiv:1805.02867), for each place of a load by itself, so that no thread waits for another
+before the end. A second one, which finds the row in the second-level cache, writes softmax(logits) - (1 - e) * onehot -
+e / V over the logits, in their dtype. So a logit of the compute dtype costs main memory one read and one write;
+arithmetic is fp32.
 
 Names in shapes: T tokens, D width, V vocabulary.
 """
@@ -27,6 +28,8 @@ if triton is not None:
         logits, labels, losses, row_stride, vocab_size, ignore_index, smoothing, share,
         GRADIENT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
+        each: tl.constexpr = 8  # adjacent logits of a lane
+        lanes: tl.constexpr = BLOCK // each
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * row_stride
         column = tl.arange(0, BLOCK)
@@ -42,19 +45,19 @@ if triton is not None:
             known = (target >= 0) & (target < vocab_size)
             chosen = tl.load(line + target, mask=known, other=float("nan")).to(tl.float32)
             place = tl.where(known, target, -1).to(tl.int32)
-            largest = tl.full((), -3.0e38, tl.float32)  # finite: logits of -inf leave a sum of 0, not nan
-            # One sum a lane: a reduction over the program is needed for the maximum only.
-            sums = tl.zeros((BLOCK,), tl.float32)
-            total = tl.zeros((BLOCK,), tl.float32)
+            place_of = tl.arange(0, lanes)[:, None] * each + tl.arange(0, each)[None, :]
+            largest = tl.full((lanes,), -3.0e38, tl.float32)  # finite: logits of -inf leave a sum of 0, not nan
+            sums, total = tl.zeros((lanes,), tl.float32), tl.zeros((lanes,), tl.float32)
             for start in range(0, vocab_size, BLOCK):
-                inside = start + column < vocab_size
-                x = tl.load(line + start + column, mask=inside, other=-float("inf")).to(tl.float32)
-                larger = tl.maximum(largest, tl.max(x, 0))
-                sums = sums * tl.exp(largest - larger) + tl.exp(x - larger)
+                inside = start + place_of < vocab_size
+                x = tl.load(line + start + place_of, mask=inside, other=-float("inf")).to(tl.float32)
+                larger = tl.maximum(largest, tl.max(x, 1))
+                sums = sums * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger[:, None]), 1)
                 largest = larger
                 if SMOOTH:
-                    total += tl.where(inside, x, 0.0)
-            normaliser = largest + tl.log(tl.sum(sums, 0))
+                    total += tl.sum(tl.where(inside, x, 0.0), 1)
+            highest = tl.max(largest, 0)
+            normaliser = highest + tl.log(tl.sum(sums * tl.exp(largest - highest), 0))
             loss = normaliser - (1.0 - smoothing) * chosen
             if SMOOTH:
                 loss -= share * tl.sum(total, 0)
@@ -91,7 +94,7 @@ def cross_entropy_rows(logits, labels, losses, gradient, label_smoothing=0.0, ig
     if rows == 0:
         return
     label_smoothing = float(label_smoothing)  # an integer would be another kernel
-    block = min(8192, triton.next_power_of_2(vocab_size))
+    block = max(64, min(8192, triton.next_power_of_2(vocab_size)))
     _cross_entropy_row[(rows,)](
         logits, labels, losses, logits.stride(0), vocab_size, ignore_index, label_smoothing,
         label_smoothing / vocab_size, GRADIENT=bool(gradient), SMOOTH=label_smoothing > 0, BLOCK=block,

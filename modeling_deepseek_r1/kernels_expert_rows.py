@@ -70,9 +70,9 @@ def sort_pairs_kernels(top_k_index, num_experts):
     """See `training_experts.sort_pairs`. Two kernels and a running sum over experts x blocks between them."""
     pairs, device = top_k_index.numel(), top_k_index.device
     order, back = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
-    offsets = torch.zeros(num_experts, dtype=torch.int32, device=device)
     if pairs == 0:
-        return order, back, offsets
+        return order, back, torch.zeros(num_experts, dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
     top_k_index, blocks = top_k_index.contiguous(), triton.cdiv(pairs, SORT_BLOCK)
     counts = torch.zeros((num_experts + 1) * blocks, dtype=torch.int32, device=device)
     _rank_pairs[(blocks,)](top_k_index, counts, back, pairs, blocks, BLOCK=SORT_BLOCK, num_warps=8)
@@ -87,20 +87,27 @@ def sort_pairs_kernels(top_k_index, num_experts):
 # ---- moving rows ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["tokens"])
 def _gather_rows(
-    source, order, offsets, output, pairs,
+    source, back, offsets, output, tokens,
     K: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, c): ROWS rows of BLOCK_D columns, output[i] = source[order[i] // K]."""
+    """Program (r, c), ROWS tokens and BLOCK_D columns: output[back[t * K + k]] = source[t] for each choice k.
+
+    By token and not by place, so that the source is read once and in order, whatever the second-level cache holds.
+    """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    place = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = place < tl.minimum(tl.load(offsets + E - 1), pairs)
-    token = tl.load(order + place, mask=valid, other=0) // K
-    mask = valid[:, None] & (cols < D)[None, :]
+    inside = token < tokens
+    mask = inside[:, None] & (cols < D)[None, :]
+    local = tl.load(offsets + E - 1)
     values = tl.load(source + token.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0)
-    tl.store(output + place.to(tl.int64)[:, None] * D + cols[None, :], values, mask=mask)
+    values = values.to(output.dtype.element_ty)
+    for k in tl.static_range(K):
+        place = tl.load(back + token * K + k, mask=inside, other=0)
+        present = mask & (place < local)[:, None]
+        tl.store(output + place.to(tl.int64)[:, None] * D + cols[None, :], values, mask=present)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -137,16 +144,20 @@ def _columns(width):
 
 
 @on_its_device
-def gather_rows(source, order, offsets, top_k, dtype):
-    """source (T, D) any float dtype -> source[order // top_k] (N, D) in `dtype`; other ranks' rows stay undefined."""
-    pairs, width = order.numel(), source.shape[1]
-    output = torch.empty(pairs, width, dtype=dtype, device=source.device)
+def gather_rows(source, back, offsets, count, dtype):
+    """source (T, D) any float dtype -> (count, D) in `dtype`, where output[back[t * K + k]] = source[t].
+
+    count: rows of the output, at least offsets[E - 1]; those from there on, other ranks', stay undefined.
+    """
+    tokens, width = source.shape
+    output = torch.empty(count, width, dtype=dtype, device=source.device)
     block = _columns(width)
-    rows = max(1, 4096 // block)
-    _gather_rows[(triton.cdiv(pairs, rows) * triton.cdiv(width, block),)](
-        source, order, offsets, output, pairs,
-        K=top_k, D=width, E=offsets.numel(), ROWS=rows, BLOCK_D=block, num_warps=4,
-    )  # fmt: skip
+    rows = max(1, 2048 // block)
+    if tokens:
+        _gather_rows[(triton.cdiv(tokens, rows) * triton.cdiv(width, block),)](
+            source, back, offsets, output, tokens,
+            K=back.numel() // tokens, D=width, E=offsets.numel(), ROWS=rows, BLOCK_D=block, num_warps=4,
+        )  # fmt: skip
     return output
 
 
@@ -193,11 +204,13 @@ def _gate_rows(
 @triton.jit(do_not_specialize=["pairs"])
 def _gate_rows_backward(
     gate_up, weights, order, offsets, grad_output, grad_gate_up, output, grad_weights, pairs,
-    INNER: tl.constexpr, E: tl.constexpr, OUTPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+    INNER: tl.constexpr, E: tl.constexpr, OUTPUT: tl.constexpr, OVERWRITES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Program: ROWS whole rows; both gradients, and with OUTPUT the forward's result once more.
 
-    `grad_gate_up` may be `gate_up` and `output` may be `grad_output`: of a block all is read before any is written.
+    With OVERWRITES `grad_gate_up` may be `gate_up` and `output` may be `grad_output`: of a block all is read before any
+    is written.
     """
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = place < pairs
@@ -213,7 +226,8 @@ def _gate_rows_backward(
         gate = tl.load(gate_up + halves, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_up + halves + INNER, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_output + own, mask=mask, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # another thread may write what this one reads
+        if OVERWRITES:
+            tl.debug_barrier()  # another thread may write what this one reads
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         total += tl.sum(grad * silu * up, 1)
@@ -252,8 +266,8 @@ def gate_rows_backward(gate_up, weights, order, offsets, grad_output, with_outpu
     rows = min(32, max(1, 2048 // block))
     _gate_rows_backward[(triton.cdiv(pairs, rows),)](
         gate_up, weights, order, offsets, grad_output, grad_gate_up, grad_output, grad_weights, pairs,
-        INNER=inner, E=offsets.numel(), OUTPUT=with_output, ROWS=rows, BLOCK_I=block,
-        num_warps=8 if block > 2048 else 4,
+        INNER=inner, E=offsets.numel(), OUTPUT=with_output, OVERWRITES=with_output or in_place, ROWS=rows,
+        BLOCK_I=block, num_warps=8 if block > 2048 else 4,
     )  # fmt: skip
     return grad_gate_up, grad_output if with_output else None, grad_weights
 

@@ -16,6 +16,7 @@ except ImportError as missing:
 
 MULTIPROCESSORS = 132  # of an H100; a choice of grids, not of the machine: a sum's order must not depend on the card
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements of a program: 32 or 16 of each tensor in a thread
+SUM_PARTS, SUM_COLUMNS = 256, 16  # of a program that adds up parts of a weight's gradient: 64 bytes of a row
 BACKWARD_STAGES = 1  # 2: the next tile is on its way, through shared memory, while this one is summed
 
 
@@ -59,7 +60,7 @@ def _rms_norm_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_backward_kernel(
     grad, x, weight, rstd, grad_total, grad_x, grad_delta, partial, rows, grad_stride, x_stride, total_stride,
-    D: tl.constexpr, TOTAL: tl.constexpr, X: tl.constexpr, DELTA: tl.constexpr, WEIGHT: tl.constexpr,
+    grad_x_stride, D: tl.constexpr, TOTAL: tl.constexpr, X: tl.constexpr, DELTA: tl.constexpr, WEIGHT: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + P, p + 2 P ... of R rows and leaves its part of the weight's gradient in row p."""
@@ -84,12 +85,25 @@ def _rms_norm_backward_kernel(
             if TOTAL:
                 place = grad_total + row[:, None] * total_stride + col[None, :]
                 inner += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            place = row[:, None] * D + col[None, :]
+            place = row[:, None] * grad_x_stride + col[None, :]
             tl.store(grad_x + place, inner.to(grad_x.dtype.element_ty), mask=mask)
             if DELTA:
+                place = row[:, None] * D + col[None, :]
                 tl.store(grad_delta + place, inner.to(grad_delta.dtype.element_ty), mask=mask)
     if WEIGHT:
         tl.store(partial + program.to(tl.int64) * D + col, tl.sum(weight_sum, 0), mask=col < D)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_parts_kernel(partial, total, parts, D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program p: BLOCK columns of `partial` (parts, D), PARTS rows at a time, summed in fp32 and rounded once."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    for start in tl.range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (col < D)[None, :]
+        sums += tl.load(partial + part.to(tl.int64)[:, None] * D + col[None, :], mask=mask, other=0.0)
+    tl.store(total + col, tl.sum(sums, 0).to(total.dtype.element_ty), mask=col < D)
 
 
 def rms_norm_forward(x, weight, eps, out_dtype, delta=None):
@@ -113,18 +127,22 @@ def rms_norm_forward(x, weight, eps, out_dtype, delta=None):
     return output, rstd, total
 
 
-def rms_norm_backward(grad, x, weight, rstd, grad_total=None, delta_dtype=None, needs_x=True, needs_weight=True):
+def rms_norm_backward(
+    grad, x, weight, rstd, grad_total=None, delta_dtype=None, needs_x=True, needs_weight=True, grad_x=None
+):
     """Gradients of `rms_norm_forward`, with x the tensor that was normalised.
 
     A program adds up the weight's gradient over its rows; how many there are follows from the shape alone, so that the
-    sum has one order. `grad_total`: the gradient that reaches the sum itself, added to the norm's.
+    sum has one order. `grad_total`: the gradient that reaches the sum itself, added to the norm's. `grad_x`: where to
+    write the gradient of x, (T, D), its rows may be strided.
 
     Shapes: grad, x, grad_total (..., D), rstd (T,) -> gradients of x (..., D), of delta (the same tensor, or one of
     `delta_dtype`) and of weight (D,); None for what is not needed.
     """
     rows, grads, width = rows_of(x), rows_of(grad), x.shape[-1]
     totals = grads if grad_total is None else rows_of(grad_total)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    if needs_x and grad_x is None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     other = needs_x and delta_dtype not in (None, x.dtype)
     grad_delta = torch.empty(x.shape, dtype=delta_dtype, device=x.device) if other else grad_x
     tile, block, warps = _tile(width, BACKWARD_TILE)
@@ -135,10 +153,22 @@ def rms_norm_backward(grad, x, weight, rstd, grad_total=None, delta_dtype=None, 
             _rms_norm_backward_kernel[(programs,)](
                 grads, rows, weight.contiguous(), rstd, totals, grad_x if needs_x else rstd,
                 grad_delta if needs_x else rstd, partial, rows.shape[0], grads.stride(0), rows.stride(0),
-                totals.stride(0), D=width, TOTAL=grad_total is not None, X=needs_x, DELTA=other,
-                WEIGHT=needs_weight, R=tile, BLOCK=block, STAGES=BACKWARD_STAGES, num_warps=warps,
+                totals.stride(0), rows_of(grad_x).stride(0) if needs_x else width, D=width,
+                TOTAL=grad_total is not None, X=needs_x, DELTA=other, WEIGHT=needs_weight, R=tile, BLOCK=block,
+                STAGES=BACKWARD_STAGES, num_warps=warps,
             )  # fmt: skip
-    return grad_x, grad_delta, partial.sum(0).to(weight.dtype) if needs_weight else None
+    return grad_x, grad_delta, _sum_of_parts(partial, weight) if needs_weight else None
+
+
+def _sum_of_parts(partial, weight):
+    """The sum of the rows of `partial` (P, D) in weight's dtype, in an order that follows from the shape."""
+    parts, width = partial.shape
+    total = torch.empty(width, dtype=weight.dtype, device=weight.device)
+    with torch.cuda.device_of(weight):
+        _sum_parts_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
+            partial, total, parts, D=width, PARTS=SUM_PARTS, BLOCK=SUM_COLUMNS, num_warps=8
+        )
+    return total
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------------------------
@@ -161,8 +191,8 @@ def _swiglu_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_backward_kernel(
-    grad, gate, up, grad_gate, grad_up, rows, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
-    GATE: tl.constexpr, UP: tl.constexpr,
+    grad, gate, up, grad_gate, grad_up, output, rows, grad_stride, gate_stride, up_stride, grad_gate_stride,
+    grad_up_stride, output_stride, GATE: tl.constexpr, UP: tl.constexpr, OUTPUT: tl.constexpr,
     INNER: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -172,8 +202,12 @@ def _swiglu_backward_kernel(
     outer = tl.load(grad + row * grad_stride + col, mask=mask, other=0.0).to(tl.float32)
     left = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     share = tl.sigmoid(left)
-    if GATE:
+    if GATE or OUTPUT:
         right = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
+    if OUTPUT:
+        tl.debug_barrier()  # `output` may be `grad`: all of it is read before any is written
+        tl.store(output + row * output_stride + col, (left * share * right).to(output.dtype.element_ty), mask=mask)
+    if GATE:
         inner = outer * right * share * (1.0 + left * (1.0 - share))
         tl.store(grad_gate + row * grad_gate_stride + col, inner.to(grad_gate.dtype.element_ty), mask=mask)
     if UP:
@@ -199,16 +233,17 @@ def swiglu_forward(gate, up):
     return output
 
 
-def swiglu_backward(grad, gate, up, grad_gate, grad_up):
-    """Fills `grad_gate` and `grad_up` (T, I), rows may be strided; None for one that is not needed."""
+def swiglu_backward(grad, gate, up, grad_gate, grad_up, output=None):
+    """Fills `grad_gate` and `grad_up` (T, I), rows may be strided; None for one that is not needed. `output` (T, I) is
+    filled with silu(gate) * up if it is given; it may be `grad`."""
     outer, left, right = rows_of(grad), rows_of(gate), rows_of(up)
     rows, width = left.shape
     blocks = _columns(width)
-    first, second = (outer if each is None else each for each in (grad_gate, grad_up))
+    first, second, third = (outer if each is None else each for each in (grad_gate, grad_up, output))
     if left.numel():
         with torch.cuda.device_of(gate):
             _swiglu_backward_kernel[(triton.cdiv(rows, blocks["R"]) * blocks["COLUMN_BLOCKS"],)](
-                outer, left, right, first, second, rows, outer.stride(0), left.stride(0), right.stride(0),
-                first.stride(0), second.stride(0), GATE=grad_gate is not None, UP=grad_up is not None, INNER=width,
-                **blocks,
+                outer, left, right, first, second, third, rows, outer.stride(0), left.stride(0), right.stride(0),
+                first.stride(0), second.stride(0), third.stride(0), GATE=grad_gate is not None,
+                UP=grad_up is not None, OUTPUT=output is not None, INNER=width, **blocks,
             )  # fmt: skip

@@ -187,12 +187,12 @@ def hidden_gradient(grad_logits, weight, dtype, base=None):
     """(T, E) float32 and (E, D) -> their product (T, D) in `dtype`, added to `base` (T, D) where given."""
     (tokens, experts), width = grad_logits.shape, weight.shape[1]
     grad = torch.empty(tokens, width, dtype=dtype, device=weight.device)
-    block_t, block_d = _block(tokens, 16, 64), _block(width, 16, 128)
+    block_t, block_d = _block(tokens, 16, 64), _block(width, 16, 64)  # small: five programs a multiprocessor
     if tokens:
         _hidden_gradient[(triton.cdiv(tokens, block_t) * triton.cdiv(width, block_d),)](
             grad_logits, weight, grad if base is None else base, grad, tokens, D=width, E=experts,
             BASE=base is not None, WEIGHT_PARTS=PARTS_OF[weight.dtype], ORDER=3 if dtype == torch.float32 else 2,
-            BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=_block(experts, 16, 64), num_warps=8, num_stages=2,
+            BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=_block(experts, 16, 64), num_warps=4, num_stages=2,
         )  # fmt: skip
     return grad
 

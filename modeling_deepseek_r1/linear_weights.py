@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .compute_copies import has_copy, in_dtype
+
 # Forward hooks that change nothing in generation: the library's recording of hidden states, which stays installed
 # after its first use, and the one by which gradients reach adapters through a frozen embedding.
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grad")
@@ -31,6 +33,20 @@ def is_plain(module):
         and module.bias is None
         and is_bare(module)
     )
+
+
+def project(linear, rows):
+    """linear(rows); in a training step under autocast with the copy of its weight that an optimizer keeps, if it does,
+    where autocast would cast the weight."""
+    device = rows.device.type
+    if (
+        has_copy(getattr(linear, "weight", None))
+        and torch.is_autocast_enabled(device)
+        and torch.is_grad_enabled()
+        and is_plain(linear)
+    ):
+        return nn.functional.linear(rows, in_dtype(linear.weight, torch.get_autocast_dtype(device)))
+    return linear(rows)
 
 
 def effective_weight(linear, in_features, dtype, device):

@@ -94,8 +94,10 @@ class DeepSeekR1PreTrainedModel(CheckpointLayoutMixin, ActivationCheckpointingMi
 
     @balance_loss_scale.setter
     def balance_loss_scale(self, value):
-        for router in self.routers.values():
-            router.balance_loss_scale.fill_(value)
+        scales = [router.balance_loss_scale for router in self.routers.values()]
+        if scales:  # two launches for all layers
+            torch._foreach_zero_(scales)
+            torch._foreach_add_(scales, float(value))
 
     def update_expert_bias(self, group=None, speed=None):
         """Moves every routing bias one step of `speed` towards even load; call once after each optimizer step.

@@ -4,13 +4,15 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .compute_copies import in_dtype
 from .experts import DeepSeekR1Experts, compute_dtype
 from .fused import runs_fused
 from .linear_weights import is_intercepted, is_plain
 from .recomputation import computed_again
-from .routing import ROUTERS
-from .training_blocks import fused_gated_mlp
+from .routing import FUSED_KINDS, ROUTERS
 from .training_cpu import is_silu
+from .training_linear import fused_gated_mlp
+from .training_routing import router_logits
 
 
 class DeepSeekR1MLP(nn.Module):
@@ -33,9 +35,7 @@ class DeepSeekR1MLP(nn.Module):
         self, hidden_states, token_mask=None, segment_ids=None, routes=None, kept_routes=None, residual=None
     ):
         if self.runs_fused(hidden_states):
-            dtype = compute_dtype(hidden_states)
-            weights = (linear.weight.to(dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
-            rows = hidden_states.flatten(0, -2).to(dtype)
+            rows, weights = hidden_states.flatten(0, -2).to(compute_dtype(hidden_states)), self.weights(hidden_states)
             output = fused_gated_mlp(rows, *weights, self.recompute and self.training).view(hidden_states.shape)
         elif self.recompute:
             output = computed_again(self, self.plain, hidden_states)
@@ -45,6 +45,11 @@ class DeepSeekR1MLP(nn.Module):
 
     def plain(self, hidden_states):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+    def weights(self, hidden_states):
+        """Of gate, up and down in the dtype in which they compute."""
+        dtype = compute_dtype(hidden_states)
+        return [in_dtype(linear.weight, dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj)]
 
     def runs_fused(self, hidden_states):
         linears = (self.gate_proj, self.up_proj, self.down_proj)
@@ -79,17 +84,23 @@ class DeepSeekR1MoE(nn.Module):
     def forward(
         self, hidden_states, token_mask=None, segment_ids=None, routes=None, kept_routes=None, residual=None
     ):
-        _, weights, indices = self.gate(hidden_states, token_mask, segment_ids, routes)
+        logits, hidden_states = self.logits_first(hidden_states, segment_ids)
+        _, weights, indices = self.gate(hidden_states, token_mask, segment_ids, routes, **logits)
         # What a hook made of the router's output, such as expert parallelism's own numbers, is no input to it.
         if kept_routes == [] and not is_intercepted(self.gate) and not torch.compiler.is_compiling():
             kept_routes.append(indices)
         tokens = hidden_states.flatten(0, -2)
-        shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
         # Adapters and quantisers put modules of their own in the experts' place.
         bare = type(self.experts) is DeepSeekR1Experts and not is_intercepted(self.experts)
-        if bare and self.experts.runs_fused(tokens):
+        fused = bare and self.experts.runs_fused(tokens)
+        joined = fused and self.shared_run_beside(hidden_states)
+        shared = None if self.shared_experts is None or joined else self.shared_experts(hidden_states)
+        if fused:
             added = (None if part is None else part.flatten(0, -2) for part in (residual, shared))
-            output = self.experts.fused(tokens, indices, weights, *added, recompute=self.recompute and self.training)
+            output = self.experts.fused(
+                tokens, indices, weights, *added, recompute=self.recompute and self.training,
+                shared_weights=self.shared_experts.weights(tokens) if joined else None,
+            )  # fmt: skip
             return output.view(hidden_states.shape)
         if self.recompute:
             output = computed_again(self, self.experts, tokens, indices, weights).view_as(hidden_states)
@@ -97,3 +108,24 @@ class DeepSeekR1MoE(nn.Module):
             output = self.experts(tokens, indices, weights).view_as(hidden_states)
         output = output if shared is None else output + shared
         return output if residual is None else residual + output
+
+    def logits_first(self, hidden_states, segment_ids):
+        """-> what else the router is called with, and the hidden states for all that read them next: their gradient
+        comes by the router's product, whose kernel adds its own to it."""
+        gate = self.gate
+        bare = type(gate) in FUSED_KINDS and not is_intercepted(gate) and torch.is_grad_enabled()
+        if not bare or not gate.fuses(hidden_states, segment_ids):
+            return {}, hidden_states
+        logits, tokens = router_logits(hidden_states.flatten(0, -2), gate.weight, passes_on=True)
+        return {"logits": logits}, tokens.view(hidden_states.shape)
+
+    def shared_run_beside(self, hidden_states):
+        """Whether the shared experts, if any, are made together with the routed ones, for a later backward."""
+        shared = self.shared_experts
+        return (
+            type(shared) is DeepSeekR1MLP
+            and torch.is_grad_enabled()
+            and not is_intercepted(shared)
+            and all(type(part) is nn.Linear for part in (shared.gate_proj, shared.up_proj, shared.down_proj))
+            and shared.runs_fused(hidden_states)
+        )

@@ -5,6 +5,7 @@ from torch import nn
 
 from .decoder import DeepSeekR1DecoderLayer
 from .layout import drop_mtp_copies
+from .linear_weights import project
 from .norms import DeepSeekR1RMSNorm
 
 
@@ -30,7 +31,8 @@ class DeepSeekR1MTPLayer(DeepSeekR1DecoderLayer):
         self.register_load_state_dict_pre_hook(drop_mtp_copies)
 
     def forward(self, hidden_states, next_embeds, **kwargs):
-        combined = self.eh_proj(torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1))   # Eq. 21
+        halves = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)
+        combined = project(self.eh_proj, halves)                                                           # Eq. 21
         return self.shared_head["norm"](super().forward(combined, **kwargs))                               # Eq. 22
 
 

@@ -55,11 +55,15 @@ class DeepSeekR1RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def add_and_norm(norm, residual, branch):
-    """-> residual + branch and `norm` of it, in one pass where the fused kernel serves. Shapes: (..., D) all."""
-    if type(norm) is DeepSeekR1RMSNorm and runs_fused(residual, branch, norm.weight) and not is_intercepted(norm):
+def add_and_norm(norm, residual, branch=None):
+    """-> residual + branch, or residual, and `norm` of it, in one pass where the fused kernel serves, and in one pass
+    backward if the residual stream goes on from here. Shapes: (..., D) all."""
+    added = () if branch is None else (branch,)
+    # Without gradients a norm alone has nothing to gain.
+    fuses = (added or torch.is_grad_enabled()) and type(norm) is DeepSeekR1RMSNorm and not is_intercepted(norm)
+    if fuses and runs_fused(residual, *added, norm.weight):
         return fused_add_rms_norm(residual, branch, norm.weight, norm.variance_epsilon, norm.output_dtype(residual))
-    residual = residual + branch
+    residual = residual if branch is None else residual + branch
     return residual, norm(residual)
 
 

@@ -74,7 +74,8 @@ class DeepSeekR1Router(ExactBuffers):
 
     Shapes (T tokens = B * S, D hidden_size, E experts, K num_experts_per_tok):
         hidden_states (B, S, D) or (T, D) of any float dtype, token_mask (B, S) bool, segment_ids (B, S) int64,
-        routes (B, S, K) of any integer dtype: experts to use instead of the choice, see `replayed`
+        routes (B, S, K) of any integer dtype: experts to use instead of the choice, see `replayed`; logits (T, E):
+        `router_logits` of the hidden states and the weight, by a caller that has made them, where `fuses`
         -> logits (T, E) float32, weights (T, K) float32, indices (T, K) int64 in no particular order.
 
     Buffers: `e_score_correction_bias` (E,) float32 where the kind has one; `load_counts` (E,) int64, tokens counted
@@ -116,11 +117,16 @@ class DeepSeekR1Router(ExactBuffers):
         routes = routes.reshape(indices.shape).to(indices)
         return torch.where(routes[:, :1] < 0, indices, routes)
 
-    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None):
+    def fuses(self, hidden_states, segment_ids=None):
+        """Whether the fused kernels serve."""
+        by_row = segment_ids is None or not (self.training and torch.is_grad_enabled())
+        # The kernels' balance loss knows no documents.
+        return by_row and type(self) in FUSED_KINDS and runs_fused(hidden_states, self.weight)
+
+    def forward(self, hidden_states, token_mask=None, segment_ids=None, routes=None, logits=None):
         trains = self.training and torch.is_grad_enabled()
-        by_row = not trains or segment_ids is None  # the kernels' balance loss knows no documents
-        if by_row and type(self) in FUSED_KINDS and runs_fused(hidden_states, self.weight):
-            return self.forward_fused(hidden_states, token_mask, routes, trains)
+        if self.fuses(hidden_states, segment_ids):
+            return self.forward_fused(hidden_states, token_mask, routes, trains, logits)
         # In fp32, also under autocast: rounding would make near-tied experts swap places.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.flatten(0, -2).float(), self.weight.float())
@@ -137,11 +143,11 @@ class DeepSeekR1Router(ExactBuffers):
                 weights = self.attach_losses(logits, scores, weights, indices, rows, token_mask, segment_ids)
         return logits, weights, indices
 
-    def forward_fused(self, hidden_states, token_mask, routes, trains):
+    def forward_fused(self, hidden_states, token_mask, routes, trains, logits=None):
         """`forward` by the fused kernels, in which a row is a sequence."""
         scoring, group_score = FUSED_KINDS[type(self)]
         grouped = self.n_group > 1 and group_score is not None
-        logits = router_logits(hidden_states.flatten(0, -2), self.weight)
+        logits = router_logits(hidden_states.flatten(0, -2), self.weight) if logits is None else logits
         weights, indices = fused_route(
             logits, self.e_score_correction_bias if self.has_bias else None,
             self.balance_loss_scale if trains else None, self.load_counts if trains else None,
@@ -240,8 +246,9 @@ def update_expert_bias(routers, speed, group=None):
         torch.distributed.all_reduce(loads, group=group)
     # mean - load_i, times E to stay in integers
     steps = (loads.sum(-1, keepdim=True) - loads * loads.shape[-1]).sign() * speed
-    for router, step in zip(routers, steps):
-        if router.has_bias and speed:
-            router.e_score_correction_bias.add_(step.to(router.e_score_correction_bias.device))
-        router.load_counts.zero_()
+    moved = [(router.e_score_correction_bias, step) for router, step in zip(routers, steps) if router.has_bias]
+    if moved and speed:
+        # One launch for all layers on one device.
+        torch._foreach_add_([bias for bias, _ in moved], [step.to(bias.device) for bias, step in moved])
+    torch._foreach_zero_([router.load_counts for router in routers])
     return loads

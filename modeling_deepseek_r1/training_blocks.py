@@ -43,7 +43,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx, residual, delta, weight, eps, out_dtype):
         output, rstd, total = rms_norm_forward(residual, weight, eps, out_dtype, delta)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.delta_dtype = delta.dtype
+        ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.set_materialize_grads(False)  # nobody else reads the last layer's sum
         return total, output
 
@@ -53,13 +53,36 @@ class _AddRMSNorm(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         needs_residual, needs_delta, needs_weight = ctx.needs_input_grad[:3]
         if grad is None:
-            grad_delta = None if grad_total is None else grad_total.to(ctx.delta_dtype)
-            return grad_total if needs_residual else None, grad_delta if needs_delta else None, None, None, None
+            grad_delta = None if grad_total is None or not needs_delta else grad_total.to(ctx.delta_dtype)
+            return grad_total if needs_residual else None, grad_delta, None, None, None
         grad_residual, grad_delta, grad_weight = rms_norm_backward(
             grad, total, weight, rstd, grad_total, ctx.delta_dtype if needs_delta else None,
             needs_residual or needs_delta, needs_weight,
         )  # fmt: skip
         return grad_residual if needs_residual else None, grad_delta if needs_delta else None, grad_weight, None, None
+
+
+class _SplitRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, out_dtype):
+        first, rest = x.split((weight.shape[0], x.shape[-1] - weight.shape[0]), dim=-1)
+        output, rstd, _ = rms_norm_forward(first, weight, eps, out_dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        return output, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_rest):
+        x, weight, rstd = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        width, grad_x = weight.shape[0], torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+        first = rows_of(grad_x)[:, :width] if needs_x else None
+        _, _, grad_weight = rms_norm_backward(
+            grad, x[..., :width], weight, rstd, needs_x=needs_x, needs_weight=needs_weight, grad_x=first
+        )
+        if needs_x:
+            grad_x[..., width:].copy_(grad_rest)
+        return grad_x, grad_weight, None, None
 
 
 def rms_norm_twin(x, weight, eps, out_dtype=None):
@@ -82,13 +105,37 @@ def fused_rms_norm(x, weight, eps, out_dtype=None):
     return _RMSNorm.apply(x, weight, eps, out_dtype or torch.promote_types(x.dtype, weight.dtype))
 
 
+def split_rms_norm_twin(x, weight, eps, out_dtype=None):
+    first, rest = x.split((weight.shape[0], x.shape[-1] - weight.shape[0]), dim=-1)
+    return rms_norm_twin(first, weight, eps, out_dtype), rest
+
+
+def fused_split_rms_norm(x, weight, eps, out_dtype=None):
+    """`fused_rms_norm` of x's first D channels, and the others as they are, a view; both gradients are written into one
+    tensor, where those of a split would be copied together.
+
+    Shapes: x (..., D + R), weight (D,) -> (..., D) of `out_dtype`, by default the wider of x's and weight's, (..., R).
+    Saves x and T floats.
+    Raises:
+        ValueError: if x is not wider than weight.
+    """
+    if weight.dim() != 1 or x.shape[-1] <= weight.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)} must have more channels than weight {tuple(weight.shape)}")
+    if not kernels_run_on(x.device):
+        return split_rms_norm_twin(x, weight, eps, out_dtype)
+    return _SplitRMSNorm.apply(x, weight, eps, out_dtype or torch.promote_types(x.dtype, weight.dtype))
+
+
 def add_rms_norm_twin(residual, delta, weight, eps, out_dtype=None):
-    total = (residual + delta).to(residual.dtype)
+    total = residual if delta is None else (residual + delta).to(residual.dtype)
     return total, rms_norm_twin(total, weight, eps, out_dtype)
 
 
 def fused_add_rms_norm(residual, delta, weight, eps, out_dtype=None):
     """The residual sum and its norm: total = residual + delta, total / rms(total) * weight.
+
+    With None as delta the total is the residual itself. Who reads it there, and not where it came from, leaves it to
+    the norm's backward kernel to add both gradients.
 
     Shapes: residual, delta (..., D), weight (D,) -> total (..., D) of residual's dtype, normed (..., D) of `out_dtype`,
     by default the wider of residual's and weight's. Saves the sum and T floats. Do not change the sum in place.
@@ -96,7 +143,7 @@ def fused_add_rms_norm(residual, delta, weight, eps, out_dtype=None):
         ValueError: if residual and delta differ in shape, or weight in width.
     """
     _check_width(residual, weight)
-    if residual.shape != delta.shape:
+    if delta is not None and residual.shape != delta.shape:
         raise ValueError(f"delta {tuple(delta.shape)} must have residual's shape {tuple(residual.shape)}: expand it")
     if not kernels_run_on(residual.device):
         return add_rms_norm_twin(residual, delta, weight, eps, out_dtype)
@@ -263,50 +310,3 @@ def fused_swiglu_packed(gate_up):
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up {tuple(gate_up.shape)} must hold gate and up side by side: an even width")
     return _PackedSwiGLU.apply(gate_up) if kernels_run_on(gate_up.device) else swiglu_twin(*gate_up.chunk(2, dim=-1))
-
-
-# ---- gated MLP -----------------------------------------------------------------------------------------------------
-
-
-class _GatedMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, recompute):
-        # One matrix product for both halves, also in the backward: copying two weights costs less than two products.
-        weight = torch.cat((gate_weight, up_weight))
-        gate_up = F.linear(x, weight)
-        ctx.recompute = recompute
-        ctx.save_for_backward(x, down_weight, *((gate_weight, up_weight) if recompute else (weight, gate_up)))
-        return F.linear(swiglu_forward(*gate_up.chunk(2, dim=-1)), down_weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, down_weight, *saved = ctx.saved_tensors
-        if ctx.recompute:
-            weight = torch.cat(saved)
-            gate_up = F.linear(x, weight)
-        else:
-            weight, gate_up = saved
-        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_down = grad.t() @ swiglu_forward(*gate_up.chunk(2, dim=-1)) if needs_down else None
-        grad_gate_up = torch.empty_like(gate_up)
-        swiglu_backward(grad @ down_weight, *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1))
-        del gate_up, saved
-        grad_x = grad_gate_up @ weight if needs_x else None
-        grad_gate = grad_up = None
-        if needs_gate or needs_up:
-            grad_gate, grad_up = (grad_gate_up.t() @ x).chunk(2)
-        return grad_x, grad_gate if needs_gate else None, grad_up if needs_up else None, grad_down, None
-
-
-def fused_gated_mlp(x, gate_weight, up_weight, down_weight, recompute=False):
-    """down(silu(gate(x)) * up(x)) with all four tensors of one dtype. Source: arXiv:2002.05202, Eq. 6.
-
-    Saves x, gate and up and a copy of both weights; the gated product is made again in the backward. With `recompute`
-    it saves x and the weights, for one matmul more in the backward.
-    Shapes: x (T, D), gate_weight and up_weight (I, D), down_weight (D, I) -> (T, D).
-    """
-    if not torch.is_grad_enabled():  # copying the weights pays for long backward passes only, not for a few tokens
-        return F.linear(swiglu_forward(F.linear(x, gate_weight), F.linear(x, up_weight)), down_weight)
-    return _GatedMLP.apply(x.contiguous(), gate_weight, up_weight, down_weight, recompute)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  brings torch.ops.transformers.grouped_mm_fallback
 from torch.autograd.function import once_differentiable
 
-from .fused import kernels_run_on
+from .fused import beside, join, kernels_run_on
+from .training_linear import gated_mlp_backward, gated_mlp_forward
 
 try:
     from .kernels_expert_rows import (
@@ -49,8 +50,9 @@ def sort_pairs_twin(top_k_index, num_experts):
     return order.int(), back.int(), counts[:num_experts].cumsum(0, dtype=torch.int32)
 
 
-def gather_rows_twin(source, order, offsets, top_k, dtype):
-    return source.index_select(0, order // top_k).to(dtype)
+def gather_rows_twin(source, back, offsets, count, dtype):
+    rows, placed = source.repeat_interleave(back.numel() // max(1, source.shape[0]), 0).to(dtype), back < count
+    return rows.new_zeros(count, rows.shape[1]).index_copy(0, back[placed].long(), rows[placed])
 
 
 def _without_foreign(rows, offsets):
@@ -101,8 +103,9 @@ TWINS = SimpleNamespace(
 
 
 def fused_experts_twin(
-    hidden, top_k_weights, order, back, offsets, gate_up, down, residual=None, shared=None, recompute=False
-):
+    hidden, top_k_weights, order, back, offsets, gate_up, down, residual=None, shared=None, recompute=False,
+    shared_weights=None,
+):  # fmt: skip
     """As `fused_experts`, expert after expert in plain torch, with autograd's own gradients; saves everything."""
     top_k, begin, results = top_k_weights.shape[1], 0, []
     rows = hidden.index_select(0, order // top_k).to(gate_up.dtype)
@@ -114,6 +117,9 @@ def fused_experts_twin(
         begin = end
     results.append(torch.zeros_like(rows[begin:]))
     total = torch.cat(results).index_select(0, back).float().view(*top_k_weights.shape, hidden.shape[1]).sum(1)
+    if shared_weights is not None:
+        gate, up = (F.linear(hidden.to(gate_up.dtype), weight) for weight in shared_weights[:2])
+        shared = F.linear(F.silu(gate) * up, shared_weights[2])
     return _plus(total, residual, shared).to(_output_dtype(hidden, residual, shared))
 
 
@@ -156,63 +162,89 @@ def _grouped_weight_gradient(left, right, offsets):
 
 
 class _FusedExperts(torch.autograd.Function):
-    """See `fused_experts`. Of row-sized tensors the inputs and the gate-up product are saved; none with `recompute`."""
+    """See `fused_experts`. Of row-sized tensors the inputs of both products and what lies between are saved; none with
+    `recompute`.
+
+    `mlp`: nothing, or the shared experts' gate, up and down weights; their kernels run `beside` the routed experts'.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, top_k_weights, order, back, offsets, gate_up, down, residual, shared, recompute):
-        run, top_k, dtype = _functions(hidden.device), top_k_weights.shape[1], _output_dtype(hidden, residual, shared)
-        ctx.added_dtypes = [None if part is None else part.dtype for part in (residual, shared)]
+    def forward(ctx, hidden, top_k_weights, order, back, offsets, gate_up, down, residual, shared, recompute, *mlp):
+        run, dtype = _functions(hidden.device), _output_dtype(hidden, residual, gate_up if mlp else shared)
+        ctx.recompute, ctx.added_dtypes = recompute, [None if x is None else x.dtype for x in (residual, shared)]
+        inputs = hidden, top_k_weights, order, back, offsets, gate_up, down
         if hidden.shape[0] == 0:
-            ctx.save_for_backward(hidden, top_k_weights, order, back, offsets, gate_up, down, None, None)
+            ctx.save_for_backward(*inputs, *mlp)
             return hidden.new_empty(hidden.shape, dtype=dtype)
-        rows = run.gather_rows(hidden, order, offsets, top_k, gate_up.dtype)
+        if mlp:
+            states = hidden.to(gate_up.dtype)
+            with beside(hidden):
+                shared, mlp = gated_mlp_forward(states, *mlp, recompute)
+        rows = run.gather_rows(hidden, back, offsets, order.numel(), gate_up.dtype)
         gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
-        saved = (None, None) if recompute else (rows, gated)
-        ctx.save_for_backward(hidden, top_k_weights, order, back, offsets, gate_up, down, *saved)
-        del rows
         inner = run.gate_rows(gated, top_k_weights, order, offsets)
-        del gated, saved
+        ctx.save_for_backward(*inputs, *mlp, *(() if recompute else (rows, gated, inner)))
+        del rows, gated
         rows = _grouped_product(inner, down.transpose(-2, -1), offsets)
         del inner
-        return run.sum_choices(rows, back, offsets, top_k, dtype, residual, shared)
+        if mlp:
+            join(hidden)
+        return run.sum_choices(rows, back, offsets, top_k_weights.shape[1], dtype, residual, shared)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, top_k_weights, order, back, offsets, gate_up, down, rows, gated = ctx.saved_tensors
-        for_hidden, for_weights, _, _, _, for_gate_up, for_down, *for_added, _ = ctx.needs_input_grad
-        narrow = grad.to(gate_up.dtype)  # once, for the rows and for `shared`
-        added = [(narrow if dtype == narrow.dtype else grad.to(dtype)) if wanted else None
-                 for wanted, dtype in zip(for_added, ctx.added_dtypes)]  # fmt: skip
-        if hidden.shape[0] == 0 or not (for_hidden or for_weights or for_gate_up or for_down):
-            zeros = [torch.zeros_like(tensor) if wanted else None for tensor, wanted in (
-                (hidden, for_hidden), (top_k_weights, for_weights), (gate_up, for_gate_up), (down, for_down))]
-            return *zeros[:2], None, None, None, *zeros[2:], *added, None
-        run, top_k, dtype = _functions(hidden.device), top_k_weights.shape[1], gate_up.dtype
-        recompute = gated is None
-        if recompute:
-            rows = run.gather_rows(hidden, order, offsets, top_k, dtype)
-            gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
-            rows = None  # gathered once more below, where less else is alive
-        grad_rows = run.gather_rows(narrow.contiguous(), order, offsets, top_k, dtype)
-        grad_inner = _grouped_product(grad_rows, down, offsets)
-        grad_gated, inner, grad_weights = run.gate_rows_backward(
-            gated, top_k_weights, order, offsets, grad_inner, with_output=for_down, in_place=recompute
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        inputs, mlp, saved = tensors[:7], tensors[7 : len(needs) - 3], tensors[len(needs) - 3 :]
+        hidden, top_k_weights, _, back, offsets, gate_up, _ = inputs
+        narrow = grad.to(gate_up.dtype).contiguous()  # once, for the rows and for `shared`
+        added = [(narrow if dtype == narrow.dtype else grad.to(dtype)) if needed else None
+                 for needed, dtype in zip(needs[7:9], ctx.added_dtypes)]  # fmt: skip
+        floats = *needs[:7], *needs[10:]
+        if hidden.shape[0] == 0 or not any(floats):
+            zeros = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(tensors, floats)]
+            return *zeros[:7], *added, None, *zeros[7:]
+        grad_hidden, grad_states, grads_mlp = None, None, ()
+        if mlp:
+            states = hidden.to(gate_up.dtype)
+            with beside(hidden):
+                grad_states, *grads_mlp = gated_mlp_backward(narrow, states, mlp, ctx.recompute, needs[0], *needs[10:])
+        rows, grad_weights, *grads_experts = (
+            _routed_gradients(narrow, *inputs, saved, needs) if any(needs[:7]) else [None] * 4
         )
-        del gated, grad_inner
-        grad_down = _grouped_weight_gradient(grad_rows, inner, offsets) if for_down else None
-        del grad_rows, inner
-        grad_gate_up = grad_hidden = None
-        if for_gate_up:
-            rows = run.gather_rows(hidden, order, offsets, top_k, dtype) if rows is None else rows
-            grad_gate_up = _grouped_weight_gradient(grad_gated, rows, offsets)
-        del rows
-        if for_hidden:
-            rows = _grouped_product(grad_gated, gate_up, offsets)
-            del grad_gated
-            grad_hidden = run.sum_choices(rows, back, offsets, top_k, hidden.dtype)
-        grad_weights = grad_weights if for_weights else None
-        return grad_hidden, grad_weights, None, None, None, grad_gate_up, grad_down, *added, None
+        if mlp:
+            join(hidden)
+        if needs[0]:
+            add = _functions(hidden.device).sum_choices
+            grad_hidden = add(rows, back, offsets, top_k_weights.shape[1], hidden.dtype, grad_states)
+        return grad_hidden, grad_weights, None, None, None, *grads_experts, *added, None, *grads_mlp
+
+
+def _routed_gradients(grad, hidden, top_k_weights, order, back, offsets, gate_up, down, saved, needs):
+    """`grad` (T, D) of the sums -> of the gathered rows (N, D), the gate values, gate_up and down; each None where
+    `needs`, by the place of the input, says so. `saved`: rows, gate-up product and gated product, or nothing."""
+    for_hidden, for_weights, _, _, _, for_gate_up, for_down = needs[:7]
+    run, dtype, pairs = _functions(hidden.device), gate_up.dtype, order.numel()
+    rows, gated, inner = saved or (None, None, None)
+    if not saved:
+        gated = _grouped_product(run.gather_rows(hidden, back, offsets, pairs, dtype), gate_up.mT, offsets)
+    grad_rows = run.gather_rows(grad, back, offsets, pairs, dtype)
+    grad_inner = _grouped_product(grad_rows, down, offsets)
+    grad_gated, again, grad_weights = run.gate_rows_backward(
+        gated, top_k_weights, order, offsets, grad_inner, with_output=for_down and not saved, in_place=not saved
+    )
+    inner = inner if saved else again
+    del gated, grad_inner, again
+    grad_down = _grouped_weight_gradient(grad_rows, inner, offsets) if for_down else None
+    del grad_rows, inner
+    grad_gate_up = None
+    if for_gate_up:
+        # Gathered once more, where less else is alive.
+        rows = run.gather_rows(hidden, back, offsets, pairs, dtype) if rows is None else rows
+        grad_gate_up = _grouped_weight_gradient(grad_gated, rows, offsets)
+    del rows
+    grad_rows = _grouped_product(grad_gated, gate_up, offsets) if for_hidden else None
+    return grad_rows, grad_weights if for_weights else None, grad_gate_up, grad_down
 
 
 def sort_pairs(top_k_index, num_experts):
@@ -226,19 +258,23 @@ def sort_pairs(top_k_index, num_experts):
 
 
 def fused_experts(
-    hidden, top_k_weights, order, back, offsets, gate_up, down, residual=None, shared=None, recompute=False
-):
+    hidden, top_k_weights, order, back, offsets, gate_up, down, residual=None, shared=None, recompute=False,
+    shared_weights=None,
+):  # fmt: skip
     """residual[t] + shared[t] + sum_k weight[t, k] * expert(hidden[t]), silu experts, all float tensors differentiable.
 
+    What the shared experts add is given as `shared`, or made here, beside the routed experts, from `shared_weights`.
+
     The matmuls run in the dtype of gate_up and down, whatever the dtypes of hidden and residual; gate, sums and the
-    weights' gradients are in fp32. `recompute` spares the memory of the gathered rows (N, D) and of the gate-up
-    product (N, 2 I) for two gathers and a grouped matmul more in the backward. Pairs of other ranks' experts add
-    nothing and receive no gradient; who knows how many there are may leave their end of `order` out, and nothing is
-    allocated for them.
+    weights' gradients are in fp32. `recompute` spares the memory of the gathered rows (N, D), of the gate-up product
+    (N, 2 I) and of the gated one (N, I) for two gathers, a grouped matmul and a write of (N, I) more in the backward.
+    Pairs of other ranks' experts add nothing and receive no gradient; who knows how many there are may leave their end
+    of `order` out, and nothing is allocated for them.
 
     Shapes: hidden (T, D), top_k_weights (T, K) any float dtype, order, back, offsets from `sort_pairs`,
-    gate_up (E, 2 I, D), down (E, D, I) of one dtype, residual and shared (T, D) or None -> (T, D) in the widest dtype
-    of hidden, residual and shared.
+    gate_up (E, 2 I, D), down (E, D, I) of one dtype, residual and shared (T, D) or None, shared_weights: gate (J, D),
+    up (J, D) and down (D, J) of the dtype of gate_up, or None -> (T, D) in the widest dtype of hidden, residual and
+    shared.
     Raises:
         ValueError: if shapes or dtypes do not fit together, or a width does not suit torch's grouped matmul on CUDA.
     """
@@ -258,11 +294,14 @@ def fused_experts(
     for name, part in (("residual", residual), ("shared", shared)):
         if part is not None and part.shape != hidden.shape:
             raise ValueError(f"{name} {tuple(part.shape)} must have the shape of hidden, {tuple(hidden.shape)}")
+    if shared_weights is not None and (shared is not None or any(x.dtype != gate_up.dtype for x in shared_weights)):
+        raise ValueError(f"shared_weights of {[x.dtype for x in shared_weights]} come without `shared` and in the "
+                         f"dtype of gate_up, {gate_up.dtype}: cast them, and give one of the two")  # fmt: skip
     if _has_grouped_mm(gate_up) and (width % 8 or inner % 8):
         raise ValueError(f"hidden_size={width} and moe_intermediate_size={inner} must be multiples of 8 for torch's "
                          "grouped matmul on CUDA; use such sizes, or experts_implementation='eager'")  # fmt: skip
     residual, shared = (part if part is None else part.contiguous() for part in (residual, shared))
     return _FusedExperts.apply(
         hidden.contiguous(), top_k_weights.contiguous(), order, back, offsets, gate_up, down, residual, shared,
-        recompute,
+        recompute, *(shared_weights or ()),
     )  # fmt: skip

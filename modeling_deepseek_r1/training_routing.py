@@ -50,32 +50,43 @@ class RoutingRule(NamedTuple):
 # ---- logits --------------------------------------------------------------------------------------------------------
 
 
-def router_logits(hidden_states, weight):
+def router_logits(hidden_states, weight, passes_on=False):
     """F.linear(hidden_states.float(), weight.float()), as exact, also under autocast.
 
-    Shapes: hidden_states (T, D), weight (E, D), each float32, bfloat16 or float16 -> (T, E) float32. Saves its inputs.
+    With `passes_on` it also returns the hidden states. Who reads them there, and not where they came from, leaves it to
+    the router to add the gradients, in the kernel that makes its own.
+
+    Shapes: hidden_states (T, D), weight (E, D), each float32, bfloat16 or float16 -> (T, E) float32, with `passes_on`
+    also (T, D). Saves its inputs.
     Raises:
         ValueError: for other dtypes.
     """
     for name, tensor in (("hidden_states", hidden_states), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} is of dtype {tensor.dtype}; the router takes float32, bfloat16 or float16")
-    return _RouterLogits.apply(hidden_states, weight)
+    return (_RouterLogitsAndInput if passes_on else _RouterLogits).apply(hidden_states, weight)
 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight):
         ctx.save_for_backward(hidden_states, weight)
+        ctx.set_materialize_grads(False)
         function = logits_forward if kernels_run_on(hidden_states.device) else logits_forward_twin
         return function(hidden_states.contiguous(), weight.contiguous())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logits):
-        hidden_states, weight = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad
-        return router_logits_backward(grad_logits, hidden_states, weight, need_hidden, need_weight)
+    def backward(ctx, grad_logits, grad_passed=None):
+        if grad_logits is None:
+            return grad_passed, None
+        return router_logits_backward(grad_logits, *ctx.saved_tensors, *ctx.needs_input_grad, grad_passed)
+
+
+class _RouterLogitsAndInput(_RouterLogits):
+    @staticmethod
+    def forward(ctx, hidden_states, weight):
+        return _RouterLogits.forward(ctx, hidden_states, weight), hidden_states
 
 
 def router_logits_backward(grad_logits, hidden_states, weight, need_hidden=True, need_weight=True, base=None):
@@ -175,6 +186,7 @@ class _FusedRoute(torch.autograd.Function):
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(logits, indices, token_mask, counts, kept_scale)
         ctx.load_counts, ctx.rows, ctx.rule = load_counts, rows, rule
+        ctx.set_materialize_grads(False)  # of the indices' no zeros are needed
         return weights, indices
 
     @staticmethod

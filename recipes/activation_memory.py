@@ -10,7 +10,8 @@ Which tensor is kept by whom, for one layer and one token (w bytes of the comput
     shared experts, router, rows    D w                      the normed states, once for all
     gate and up                     2 I w                    of a dense layer or the shared experts; their product is
                                                              made again
-    routed experts                  K (D + 2 I_e) w          gathered rows and gate-up product; `training_experts`
+    routed experts                  K (D + 3 I_e) w          gathered rows, gate-up product and what the down projection
+                                                             reads; `training_experts`
     router                          4 E + 20 K               logits in fp32, indices, weights, order and its inverse
 
 (D hidden_size, H heads, N nope, R rope, V value, E experts, K choices, I and I_e inner widths.) MTP adds to its block
@@ -49,7 +50,7 @@ def layer_bytes(config, sparse, width, residual, selective=False):
     total += 0 if selective else 2 * width * _inner_width(config, sparse)
     if sparse:
         choices = config.num_experts_per_tok
-        total += 0 if selective else choices * width * (hidden + 2 * config.moe_intermediate_size)
+        total += 0 if selective else choices * width * (hidden + 3 * config.moe_intermediate_size)
         total += 4 * config.n_routed_experts + 20 * choices
     return total
 

@@ -38,6 +38,7 @@ from recipes.checkpoint_files import (
 )
 from recipes.elastic_checkpoints import ElasticCheckpointMixin
 from recipes.resume_guard import check_unchanged, describe_run
+from recipes.row_order import set_sampler_epoch
 from recipes.sharded_checkpoints import GROUPS, holds_shards
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ class CheckpointMixin(ElasticCheckpointMixin):
             self.control.should_training_stop = True
             self._load_rng_state(kwargs["resume_from_checkpoint"])  # for a last evaluation that samples
         else:
+            set_sampler_epoch(kwargs["train_dataloader"], kwargs["epoch"])
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):

@@ -141,7 +141,7 @@ def load_text_dataset(name, split="train", text_column="text", streaming=False, 
     """Documents as a `datasets.Dataset` (local files: in memory) or, streaming, an `IterableDataset`.
 
     Args:
-        name: folder, file (.txt .md .py .jsonl .jsonl.gz .parquet), folder of `save_to_disk`, or Hub name
+        name: folder, file (.txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet), folder of `save_to_disk`, or Hub name
             (`name` or `name:configuration`).
     Raises:
         ValueError: a missing column, unreadable bytes, no documents; the message says which and where.

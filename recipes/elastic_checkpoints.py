@@ -110,7 +110,7 @@ class ElasticCheckpointMixin:
         return self._writer
 
     def _bare_model(self):
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def shards_model(self):
         """Whether weights are spread over processes in a way that we write: FSDP2, DTensors, our expert parallelism."""
@@ -231,7 +231,7 @@ class ElasticCheckpointMixin:
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)  # takes this rank's file where there is one; mixins load more
         saved = 0 if checkpoint is None else saved_processes(checkpoint)
-        if saved in (0, self.args.world_size):
-            return super()._load_rng_state(checkpoint)
-        load_rng_of_other(checkpoint, saved, self.args.process_index, self.args.device)
+        if saved not in (0, self.args.world_size):
+            load_rng_of_other(checkpoint, saved, self.args.process_index, self.args.device)

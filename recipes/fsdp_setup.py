@@ -3,6 +3,8 @@
 - `fsdp_cpu_ram_efficient_loading` spreads the first process' weights over the others and takes every saved tensor for
   a sharded parameter, which the routers' biases are not (`AttributeError: 'Tensor' object has no attribute
   'device_mesh'`). They stay whole here, and are sent from the first process.
+- A launch file names all classes of layers that are sharded each for itself. A model without one of them, such as a
+  reward model without multi-token prediction, is an error to accelerate; here those that it has are taken.
 - accelerate enters FSDP on accelerators only; on CPUs it drops the launch file's wish without a word and trains under
   DDP, and refuses device meshes. Here a CPU's processes (gloo) shard and share rows too: for tests, and to look at such
   training without a GPU.
@@ -47,6 +49,18 @@ def whole_buffers(model):
         dist.broadcast(module._buffers[name], src=0)
 
 
+@contextlib.contextmanager
+def own_layers(plugin, model):
+    """Inside the block the plugin names only those classes of layers that the model has, if it has any of them."""
+    named = plugin.transformer_cls_names_to_wrap
+    classes = {type(module).__name__ for module in model.modules()}
+    plugin.transformer_cls_names_to_wrap = [name for name in named or () if name in classes] or named
+    try:
+        yield
+    finally:
+        plugin.transformer_cls_names_to_wrap = named
+
+
 class FsdpSetupMixin:
     """Put before `transformers.Trainer` in the list of bases."""
 
@@ -54,14 +68,16 @@ class FsdpSetupMixin:
         allow_meshes_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or plugin.fsdp_version != 2 or not plugin.cpu_ram_efficient_loading:
+        if plugin is None or plugin.fsdp_version != 2:
             return
         prepare = self.accelerator.prepare
 
-        def with_whole_buffers(*objects, **options):
+        def prepare_for_fsdp(*objects, **options):
             with contextlib.ExitStack() as stack:
                 for model in (thing for thing in objects if isinstance(thing, torch.nn.Module)):
-                    stack.enter_context(whole_buffers(model))
+                    stack.enter_context(own_layers(plugin, model))
+                    if plugin.cpu_ram_efficient_loading:
+                        stack.enter_context(whole_buffers(model))
                 return prepare(*objects, **options)
 
-        self.accelerator.prepare = with_whole_buffers
+        self.accelerator.prepare = prepare_for_fsdp

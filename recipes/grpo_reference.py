@@ -6,6 +6,8 @@ import torch
 from transformers import TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from recipes.rollout_checkpoints import loading_device
+
 REFERENCE_FILE = "reference.pt"
 
 
@@ -60,7 +62,7 @@ class ReferenceCheckpointMixin:
         path = Path(checkpoint) / REFERENCE_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: the reference had moved when the checkpoint was saved; copy it too")
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        state = torch.load(path, map_location=loading_device(self.args), weights_only=True)
         self.accelerator.unwrap_model(self.ref_model).load_state_dict(state)
 
     def load_rollout_state(self, state):

@@ -3,7 +3,8 @@
 Counted: parameters, gradients, optimizer states. Derived: activations, logits and a layer's backward
 (`activation_memory`). From the frameworks' documentation and source: buffers, that is
 
-    one GPU, mixed precision   the 16-bit copies of all weights but the embedding, kept for the backward
+    one GPU, mixed precision   the 16-bit copies of all weights but the embedding, kept for the backward (and, but for
+                               full checkpointing, for the next step)
     ddp                        those, and a second copy of the gradients in the buckets that are averaged
     fsdp2                      two layers gathered in 16 bits, one layer's gradient, embedding and head with theirs
     fsdp2_ep                   the same of what is not an expert, the experts' 16-bit copies, the rows on their way
@@ -128,6 +129,14 @@ def _activations(shape, layout, devices, work, tokens):
     return int(whole - tokens * cut * (1 - 1 / devices))
 
 
+def _gradient_bytes(shape, layout, work):
+    """Of all parameters. In one process those that bf16 products give stay bf16 where nothing is added to them
+    (recipes/optimizer_copies.py); embedding and head have theirs in fp32."""
+    if layout.name == "one_gpu" and work.masters and not work.accumulates:
+        return NARROW * (shape.total - shape.ends) + work.weight_bytes * shape.ends
+    return work.weight_bytes * shape.total
+
+
 def footprint(shape, layout, devices, work):
     """The `Footprint` of one of `devices` devices under `layout`, with AdamW: two states of the weights' dtype."""
     config = shape.config
@@ -135,7 +144,7 @@ def footprint(shape, layout, devices, work):
     width = work.weight_bytes
     parts = {
         "parameters": width * shape.total * shares["weights"],
-        "gradients": width * shape.total * shares["gradients"],
+        "gradients": _gradient_bytes(shape, layout, work) * shares["gradients"],
         "optimizer states": 2 * width * shape.total * shares["optimizer"],
         "weights' average": 4 * shape.total * shares["weights"] if work.averages else 0,
     }

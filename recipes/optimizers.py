@@ -9,12 +9,14 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, muon
 
 from modeling_deepseek_r1.expert_parallel_state import global_gradient_norm
 from recipes.kernels_adamw import adamw_, adamw_lists_, coefficients, has_kernel
+from recipes.optimizer_copies import WeightCopies
 from recipes.run_settings import setting
 
 logger = logging.getLogger(__name__)
@@ -31,11 +33,14 @@ def gradient_norm(parameters):
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    alike = {}
-    for gradient in gradients:
-        alike.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    norms = [norm for tensors in alike.values() for norm in torch._foreach_norm(tensors, 2, dtype=torch.float32)]
-    return torch.linalg.vector_norm(torch.stack([norm.to(gradients[0].device) for norm in norms]))
+    alike, norms = {}, [None] * len(gradients)
+    for place, gradient in enumerate(gradients):
+        alike.setdefault((gradient.device, gradient.dtype), []).append(place)
+    for places in alike.values():
+        found = torch._foreach_norm([gradients[place] for place in places], 2, dtype=torch.float32)
+        for place, norm in zip(places, found):  # in the order of the parameters: their dtypes do not change the sum
+            norms[place] = norm.to(gradients[0].device)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def local_part(tensor):
@@ -50,13 +55,21 @@ class FusedAdamW(torch.optim.AdamW):
     device. With `stochastic_rounding`, bf16 weights are rounded at random, reproducibly from `seed` and the step.
     Of sharded parameters (DTensors) each process updates its part; their states are sharded alike.
 
+    `compute_copies` is for fp32 weights that a deepseek_r1 model multiplies with in bf16, in one process: a step also
+    writes the bf16 copies for the next forward pass, and gradients may be bf16, whose norm torch's own clipping would
+    round (modeling_deepseek_r1/compute_copies.py). "gradients": without the copies, which take 2 bytes a weight.
+
     Raises:
-        ValueError: for a rate that is a tensor.
+        ValueError: for a rate that is a tensor, for copies of sharded parameters.
+        RuntimeError: by `step`, some time after weights with copies were changed through `.data` (optimizer_copies.py).
     """
 
+    copies = None
+
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, stochastic_rounding=False, seed=0
-    ):
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, stochastic_rounding=False, seed=0,
+        compute_copies=False,
+    ):  # fmt: skip
         if isinstance(lr, torch.Tensor):
             raise ValueError("lr is a tensor; pass a float, or take torch.optim.AdamW (optimizer=torch)")
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)  # read where torch's AdamW loads our state
@@ -64,6 +77,11 @@ class FusedAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.clip_factor = None
+        if compute_copies:
+            weights = [p for group in self.param_groups if not group.get("muon") for p in group["params"]]
+            if any(isinstance(p, DTensor) for p in weights):
+                raise ValueError("compute_copies=True needs whole parameters, these are sharded; leave it False")
+            self.copies = WeightCopies(weights, resident=compute_copies != "gradients")
 
     @torch.no_grad()
     def clip_gradients(self, parameters, max_norm, norm=None):
@@ -81,11 +99,15 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.copies:
+            self.copies.begin()
         clip, self.clip_factor = self.clip_factor, None
         first = 0  # number of the group's first parameter: part of the seed of its rounding
         for group in self.param_groups:
             self._update_group(group, clip, first)
             first += len(group["params"])
+        if self.copies:
+            self.copies.finish()
         return loss
 
     def _update_group(self, group, clip, first):
@@ -101,14 +123,16 @@ class FusedAdamW(torch.optim.AdamW):
             here = None if clip is None else clip.to(weight.device)
             tensors = [local_part(t) for t in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
             seed = self._seed(step, number) if self.stochastic_rounding else None
+            copy = self.copies.take(weight) if self.copies else None
             if has_kernel(tensors[0]):
-                adamw_(*tensors, here, seed, **numbers[step])
+                watch = None if copy is None else (self.copies.flag(weight.device), step)
+                adamw_(*tensors, here, seed, copy, watch, **numbers[step])
             else:
-                lists.setdefault((step, weight.device), []).append((*tensors, seed))
+                lists.setdefault((step, weight.device), []).append((*tensors, seed, copy))
         for (step, device), entries in lists.items():
-            *tensors, seeds = (list(column) for column in zip(*entries))
+            *tensors, seeds, copies = (list(column) for column in zip(*entries))
             here = None if clip is None else clip.to(device)
-            adamw_lists_(*tensors, here, seeds if self.stochastic_rounding else None, **numbers[step])
+            adamw_lists_(*tensors, here, seeds if self.stochastic_rounding else None, copies, **numbers[step])
 
     def _adamw_state(self, weight):
         state = self.state[weight]
@@ -282,6 +306,11 @@ class OptimizerSettings:
     stochastic_rounding: bool = setting(
         False, "Round the bf16 weights that our AdamW trains stochastically after each step (optimizer=fused or muon)."
     )
+    compute_copies: bool = setting(
+        True,
+        "fp32 weights with bf16 compute in one process: our AdamW writes the next step's bf16 copies of the weights it "
+        "trains and reads gradients in bf16 where they are. The same numbers, fewer casts.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -300,11 +329,11 @@ def names_torch_adamw(args):
     return str(getattr(args.optim, "value", args.optim)) in ("adamw_torch", "adamw_torch_fused")
 
 
-def make_optimizer(args, kind, model, decay_names):
+def make_optimizer(args, kind, model, decay_names, compute_copies=False):
     """FusedAdamW ("fused") or MuonAdamW ("muon") with what `args` (`OptimizerSettings` and TrainingArguments) say."""
     options = {
         "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-        "stochastic_rounding": args.stochastic_rounding, "seed": args.seed,
+        "stochastic_rounding": args.stochastic_rounding, "seed": args.seed, "compute_copies": compute_copies,
     }  # fmt: skip
     if kind == "fused":
         return FusedAdamW(decay_groups(model, decay_names, args.weight_decay), **options)
@@ -329,8 +358,18 @@ class OptimizerMixin:
         if sharded:
             raise ValueError(f"optimizer={kind} does not know how this model is sharded; use optimizer=torch")
         model = self.model if model is None else model
-        self.optimizer = make_optimizer(self.args, kind, model, self.get_decay_parameter_names(model))
+        names, copies = self.get_decay_parameter_names(model), self._compute_copies()
+        self.optimizer = make_optimizer(self.args, kind, model, names, copies)
         return self.optimizer
+
+    def _compute_copies(self):
+        """What FusedAdamW shall do beside the update; nothing where DDP puts gradients into buckets of its own."""
+        args = self.args
+        alone = self.accelerator.distributed_type == DistributedType.NO and args.n_gpu <= 1
+        if not (args.compute_copies and args.bf16 and alone):
+            return False
+        # Full checkpointing saves memory: a layer's copies are made when it is its turn, as ever.
+        return "gradients" if args.activation_checkpointing is True else True
 
     def _fused_adamw_serves(self, model):
         """Whether AdamW is asked for, no gradient scaler stands between, and the kernel takes most of the weights, or

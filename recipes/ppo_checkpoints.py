@@ -2,7 +2,6 @@
 
 from recipes.checkpoint_files import find_problem, is_ours, list_checkpoints
 from recipes.rl_setup import optimizer_steps_of_rollout
-from recipes.sharded_checkpoints import holds_shards
 from recipes.value_head import load_value_head, save_value_head, without_value_head
 
 
@@ -26,19 +25,15 @@ class PPOCheckpointMixin:
         if self.args.should_save:
             save_value_head(head, output_dir or self.args.output_dir, of_value)
 
-    def _in_one(self, checkpoint):
-        """Whether policy and value function were saved together: in shards, or in files of FSDP or DeepSpeed."""
-        return holds_shards(checkpoint) or self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._in_one(resume_from_checkpoint):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their own files hold the value function too
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with without_value_head(self._policy()) as head:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_value_head(head, resume_from_checkpoint)
 
     def _load_best_model(self):
-        if self._in_one(self.state.best_model_checkpoint):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         with without_value_head(self._policy()) as head:
             super()._load_best_model()

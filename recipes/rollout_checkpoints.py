@@ -9,6 +9,11 @@ from recipes.elastic_checkpoints import saved_processes
 SHOWN = ("prompt", "completion", "advantages")  # of a rollout, beside its rewards: what samples are taken from
 
 
+def loading_device(args):
+    """`map_location` for torch.load, which does not know the "cpu:0" of accelerate's processes."""
+    return "cpu" if args.device.type == "cpu" else args.device
+
+
 class RolloutCheckpointMixin:
     """Put before `trl.GRPOTrainer` in the list of bases; TRL would sample anew and read the wrong part.
 
@@ -81,7 +86,7 @@ class RolloutCheckpointMixin:
                 f"{path} is missing: the checkpoint was saved with save_only_model, or not copied whole; start a new "
                 "run from its weights"
             )
-        return torch.load(path, map_location=self.args.device, weights_only=True)
+        return torch.load(path, map_location=loading_device(self.args), weights_only=True)
 
     def _state_of_others(self, checkpoint, saved):
         """What `saved` processes left between two rollouts, for the present number; the first has all their counts."""

@@ -6,6 +6,24 @@ from torch.utils.data import Sampler
 PART = 1 << 16  # rows made Python ints at a time
 
 
+def set_sampler_epoch(dataloader, epoch):
+    """Tells every sampler below a dataloader the epoch; before batches of a resumed epoch are skipped.
+
+    accelerate 1.15 does not reach the one below a process' share of the batches (`BatchSamplerShard`) when some are
+    skipped: a run on several processes, resumed within its second epoch, would take the rest of the first one's order.
+    """
+    left, seen = [dataloader], set()
+    while left:
+        each = left.pop()
+        for name in ("batch_sampler", "sampler"):
+            inner = getattr(each, name, None)
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                left.append(inner)
+                if hasattr(inner, "set_epoch"):
+                    inner.set_epoch(epoch)
+
+
 class RowOrder(Sampler):
     """Row indices of an epoch, cut to whole optimizer steps.
 

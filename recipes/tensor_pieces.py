@@ -81,8 +81,8 @@ def named_tensors(model, trained_only=False):
     trained_only: leaves out frozen parameters, which an adapter's checkpoint finds in its base model.
     """
     found = model.state_dict(keep_vars=True)  # FSDP2 puts the sharded parameters back for it
-    keep = lambda t: torch.is_tensor(t) and (t.requires_grad or not (trained_only and isinstance(t, torch.nn.Parameter)))
-    return {name: tensor for name, tensor in found.items() if keep(tensor)}
+    frozen = lambda t: isinstance(t, torch.nn.Parameter) and not t.requires_grad
+    return {n: t for n, t in found.items() if torch.is_tensor(t) and not (trained_only and frozen(t))}
 
 
 def model_pieces(model, trained_only=False):

@@ -6,21 +6,25 @@ and the packing script (`data_scripts.sources`), so that a file means the same d
 | location                        | documents                                                          |
 |---------------------------------|--------------------------------------------------------------------|
 | `.txt`, `.md`, `.py`            | the file; a text longer than 20,000 characters is cut at paragraphs |
-| `.jsonl`, `.jsonl.gz`           | one a line: an object with the text column                         |
+| `.jsonl`, also `.gz`, `.zst`    | one a line: an object with the text column                         |
 | `.parquet`                      | one a row                                                          |
 | folder                          | all such files below it, sorted by path; hidden ones are left out  |
 | anything else                   | a Hub data set, `name` or `name:configuration`                     |
 """
 
+import contextlib
 import gzip
+import io
 import json
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_scripts.reading.zstd_stream import ZstdStream
+
 PLAIN = (".txt", ".md", ".py")
-SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LONG_FILE = 20_000     # characters: a longer plain file is cut, so that it can be shuffled and held out
 PIECE = 8_000          # characters aimed at by the cut
 VALIDATION_NAMES = ("validation", "valid", "dev")  # of a file or a top folder, as data sets name it
@@ -124,13 +128,20 @@ def _text_of(record, text_column, place):
     return text
 
 
+@contextlib.contextmanager
+def _lines(path):
+    """The lines of a file as bytes, decompressed by its ending."""
+    name = path.name.lower()
+    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+        yield io.BufferedReader(ZstdStream(file), 1 << 18) if name.endswith(".zst") else file
+
+
 def _json_lines(path, text_column):
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
     if path.stat().st_size == 0:
         raise BadInput(f"{path} is empty (0 bytes): remove it or fill it")
     offset = 0
     try:
-        with opener(path, "rb") as lines:
+        with _lines(path) as lines:
             for number, line in enumerate(lines, 1):
                 place = f"{path} line {number}"
                 if line.strip():

@@ -109,6 +109,24 @@ def test_every_local_format_gives_the_same_documents(tmp_path):
         assert texts(location) == content
 
 
+def test_folders_of_documents_are_sources(tmp_path):
+    """What `fetch_*.py` write: .jsonl.zst and a manifest; a file that was cut off is named, not half read."""
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra `corpus`")
+    from data_scripts import document_folder
+
+    content = [f"Text {number}: {'Ümläute 第三 ' * number}" for number in range(200)]
+    with document_folder.building(tmp_path / "made", source="made", kind="text") as writer:
+        for number, text in enumerate(content):
+            writer.write(text, str(number))
+    assert texts(tmp_path) == content
+    [path] = (tmp_path / "made").glob("*.jsonl.zst")
+    path.write_bytes(path.read_bytes() + zstandard.compress(b'{"text": "a second frame"}\n'))
+    assert texts(tmp_path) == [*content, "a second frame"]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"documents-00000\.jsonl\.zst is damaged .*--errors skip"):
+        texts(tmp_path)
+
+
 def test_empty_file(tmp_path):
     (tmp_path / "full.txt").write_text("text")
     (tmp_path / "empty.txt").write_text("")

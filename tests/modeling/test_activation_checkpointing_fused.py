@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_deepseek_r1.fused import set_fused_kernels
-from modeling_deepseek_r1.training_blocks import fused_gated_mlp
+from modeling_deepseek_r1.training_linear import fused_gated_mlp
 
 from .helpers import random_ids, tiny_model
 from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels, switch_restored  # noqa: F401  (the fixture acts by being here)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling_deepseek_r1.documents import find_documents
 from modeling_deepseek_r1.fused import runs_fused, set_fused_kernels
+from recipes.optimizers import FusedAdamW
 
 from .helpers import tiny_model
 from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels, switch_restored  # noqa: F401  (the fixture acts by being here)
@@ -85,6 +86,27 @@ def test_bf16_keeps_to_the_fp32_gradients(autocast):
     for name, wanted in exact.items():
         error, allowed = ((each[name].float() - wanted).norm() for each in (fused, plain))
         assert error <= times * allowed + 0.01 * wanted.norm(), f"{name}: {error} against {allowed}, {wanted.norm()}"
+
+
+@runs_kernels
+def test_copies_kept_by_the_optimizer_change_no_number():
+    """Two steps under autocast, so that the second takes what the first has written."""
+    runs = []
+    for copies in (False, True):
+        model, ids = model_and_ids("direct queries", hidden_size=64, moe_intermediate_size=32)
+        optimizer = FusedAdamW(model.parameters(), lr=1e-2, compute_copies=copies)
+        found = []
+        for row in ids[:, :5].split(1):
+            found.append(step(model, True, True, row)[:2])
+            optimizer.step()
+        runs.append(found)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    narrow = {name for name, gradient in runs[1][1][1].items() if gradient.dtype == torch.bfloat16}
+    assert narrow == linears - {"lm_head.weight"} | {name for name in runs[1][1][1] if ".experts." in name}
+    for (loss, gradients), (expected_loss, expected) in zip(runs[1], runs[0]):
+        assert loss == expected_loss
+        for name, wanted in expected.items():
+            assert torch.equal(gradients[name].float(), wanted), name
 
 
 @runs_kernels

@@ -1,10 +1,12 @@
 """The fused training path where something else has a say: several GPUs, hooks, no gradients, context parallelism."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.big_modeling import _attach_context_parallel_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_r1 import (
@@ -57,7 +59,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     kernels = {
         kernels_expert_rows: ("_rank_pairs", "_place_pairs", "_gather_rows", "_gate_rows", "_gate_rows_backward",
                               "_sum_choices"),
-        kernels_norms: ("_rms_norm_kernel", "_rms_norm_backward_kernel", "_swiglu_kernel", "_swiglu_backward_kernel"),
+        kernels_norms: ("_rms_norm_kernel", "_rms_norm_backward_kernel", "_sum_parts_kernel", "_swiglu_kernel",
+                        "_swiglu_backward_kernel"),
         kernels_rotary: ("_assemble_kernel", "_assemble_backward_kernel"),
         kernels_training_routing: ("_logits", "_route", "_route_gradient", "_hidden_gradient", "_weight_gradient"),
     }  # fmt: skip
@@ -75,6 +78,41 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
         experts.fused(states, index, weights).sum().backward()
     assert set(launched) == {name for names in kernels.values() for name in names}
     assert all(launched.values()), [name for name, guarded in launched.items() if not guarded]
+
+
+class Counted(TorchDispatchMode):
+    """Operations that give a tensor with a dimension of `size`, by name."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.calls = size, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and self.size in output.shape:
+            self.calls[function.overloadpacket.__name__] += 1
+        return output
+
+
+@runs_kernels
+def test_no_gradient_is_summed_or_joined_in_a_pass_of_its_own():
+    """What reads a tensor beside another adds its gradient in its own kernel: a backward pass has no bare sums, no
+    copies of activations, one layer or several."""
+    counts = []
+    for layers in (1, 2):
+        torch.manual_seed(0)
+        model = tiny_model(
+            implementation="sdpa", num_hidden_layers=layers, first_k_dense_replace=0, q_lora_rank=None
+        ).to(DEVICE, torch.bfloat16).train()  # fmt: skip
+        set_fused_kernels(True)
+        ids = torch.randint(3, 97, (1, 7), device=DEVICE)  # no width is 7
+        loss = model(input_ids=ids, labels=ids).loss
+        with Counted(7) as counted:
+            loss.backward()
+        counts.append(counted.calls)
+    layer = counts[1] - counts[0]
+    assert layer["mm"] >= 5  # it does look
+    assert not {name: layer[name] for name in ("add", "add_", "cat", "sum", "_to_copy", "clone") if layer[name]}
 
 
 @runs_kernels

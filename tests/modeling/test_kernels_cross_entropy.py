@@ -43,7 +43,9 @@ def scores_and_labels(tokens, vocab, dtype, ignored=0.3):
 
 @runs_kernels
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("tokens, vocab, dtype", [(7, 53, FP32), (3, 64, BF16), (5, 9001, FP32), (4, 8192, FP16)])
+@pytest.mark.parametrize("tokens, vocab, dtype", [
+    (7, 53, FP32), (3, 64, BF16), (5, 9001, FP32), (4, 8192, FP16), (2, 3, FP32),
+])  # fmt: skip
 def test_rows_equal_their_twin(tokens, vocab, dtype, smoothing):
     logits, labels = scores_and_labels(tokens, vocab, dtype)
     if vocab == 53:

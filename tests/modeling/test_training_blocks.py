@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling_deepseek_r1 import fused
 from modeling_deepseek_r1 import training_blocks as blocks
+from modeling_deepseek_r1 import training_linear as linears
 from modeling_deepseek_r1.attention import DeepSeekR1LatentAttention
 from modeling_deepseek_r1.norms import DeepSeekR1RMSNorm
 from modeling_deepseek_r1.rotary import rotate
@@ -149,6 +150,44 @@ def test_kernel_add_rms_norm_with_one_output_used(used):
     if used == 0:  # the weight has no gradient then
         inputs[2].requires_grad_(False)
     check(fused, plain, inputs)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype, out_dtype", [(FP32, None), (BF16, BF16), (FP32, BF16)])
+def test_kernel_rms_norm_that_passes_its_input_on(dtype, out_dtype):
+    """Both readers' gradients in one tensor; also with one of them alone."""
+    inputs = random(5, 3, 40, dtype=dtype), random(40, dtype=dtype)
+    fused = lambda x, weight: blocks.fused_add_rms_norm(x, None, weight, 1e-5, out_dtype)
+    plain = lambda x, weight: (x, norm(x, weight))
+    outputs, _ = check(fused, plain, inputs, [dtype, out_dtype or dtype])
+    assert torch.equal(outputs[0], inputs[0])
+    check(lambda *x: fused(*x)[1:], lambda *x: plain(*x)[1:], inputs, [out_dtype or dtype])
+    (alone,) = torch.autograd.grad(fused(*inputs)[0].sum(), inputs[:1])
+    assert torch.equal(alone, torch.ones_like(alone))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype, rest", [(FP32, 8), (BF16, 16), (FP16, 1)])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_kernel_split_rms_norm(dtype, rest, frozen):
+    inputs = random(2, 7, 24 + rest, dtype=dtype), random(24, dtype=dtype)
+    inputs[frozen or 0].requires_grad_(frozen is None)
+    plain = lambda x, weight: (norm(x[..., :24], weight), x[..., 24:])
+    outputs, _ = check(lambda x, weight: blocks.fused_split_rms_norm(x, weight, 1e-5), plain, inputs)
+    assert outputs[1]._is_view()
+    twin = blocks.split_rms_norm_twin(*inputs, 1e-5)
+    assert torch.equal(twin[1], outputs[1])
+    close(outputs[0], twin[0].float())
+
+
+@runs_kernels
+@pytest.mark.parametrize("parts, width", [(1, 24), (255, 40), (528, 1024), (700, 17)])
+def test_kernel_sum_of_parts(parts, width):
+    partial = random(parts, width, needs=False)
+    for dtype in (FP32, FP16):
+        total = kernels_norms._sum_of_parts(partial, random(width, dtype=dtype))
+        assert total.dtype == dtype and torch.equal(total, kernels_norms._sum_of_parts(partial, total))
+        torch.testing.assert_close(total.float(), partial.sum(0), rtol=1e-3 if dtype == FP16 else 1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
@@ -290,6 +329,60 @@ def test_kernel_swiglu(rows, width, dtype, packed):
     check(halves(fused), halves(plain), [random(rows, 2 * width, dtype=dtype)])
 
 
+@runs_kernels
+@pytest.mark.parametrize("rows, width, dtype", [(5, 24, FP32), (20, 300, FP32), (3, 1408, BF16)])
+def test_kernel_swiglu_gives_its_output_again(rows, width, dtype):
+    """In the gradient's place, with the same gradients and to the bit the forward's numbers."""
+    gate_up, grad = random(rows, 2 * width, dtype=dtype, needs=False), random(rows, width, dtype=dtype, needs=False)
+    results = []
+    for output in (None, grad):
+        halves = [torch.empty_like(grad) for _ in range(2)]
+        kernels_norms.swiglu_backward(grad, *gate_up.chunk(2, dim=-1), *halves, output)
+        results.append(halves)
+    assert all(torch.equal(first, second) for first, second in zip(*results))
+    assert torch.equal(grad, kernels_norms.swiglu_forward(*gate_up.chunk(2, dim=-1)))
+
+
+# ---- linear layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_two_linears_are_two(dtype, used):
+    inputs = [random(2, 5, 16, dtype=dtype), random(24, 16, dtype=dtype), random(12, 16, dtype=dtype)]
+    pick = lambda outputs: tuple(outputs[k] for k in used)
+    plain = lambda x, *weights: pick([F.linear(x, weight) for weight in weights])
+    fused = lambda *x: pick(linears.fused_two_linears(*x))
+    assert all(torch.equal(mine, other) for mine, other in zip(fused(*inputs), plain(*inputs)))
+    for frozen in (None, 0, 1 + used[0]):
+        inputs = [x.detach().requires_grad_(k != frozen and (k == 0 or k - 1 in used)) for k, x in enumerate(inputs)]
+        check(fused, plain, inputs)
+    assert not fused(*inputs)[0]._is_view()  # else queries could not be turned in place
+
+
+@runs_kernels
+def test_attention_with_one_gradient_for_its_states(monkeypatch):
+    """Against the modules called one by one, with and without compressed queries."""
+    monkeypatch.setattr(fused, "_enabled", True)
+    for rank in (None, 12):
+        config = tiny_config(q_lora_rank=rank)
+        attention = DeepSeekR1LatentAttention(config, 0).to(DEVICE)
+        for parameter in attention.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        inputs = random(2, 5, config.hidden_size), *attention.parameters()
+        results = []
+        for function in (attention.project_fused, attention.project):
+            outputs = function(inputs[0])
+            grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs, allow_unused=True)
+            results.append((outputs, grads))
+        for mine, other in zip(results[0][0], results[1][0]):
+            close(mine, other)
+        for mine, other in zip(results[0][1], results[1][1]):
+            assert (mine is None) == (other is None)  # o_proj
+            if mine is not None:
+                close_to_scale(mine, other)
+
+
 # ---- all -----------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +430,7 @@ def test_kernel_functions_take_no_rows():
 @pytest.mark.parametrize("call, message", [
     (lambda x: blocks.fused_rms_norm(x, x[0, 0, :3], 1e-6), "one number for each channel"),
     (lambda x: blocks.fused_add_rms_norm(x, x[:1], x[0, 0], 1e-6), r"delta \(1, 3, 8\)"),
+    (lambda x: blocks.fused_split_rms_norm(x, x[0, 0], 1e-6), "more channels"),
     (lambda x: blocks.fused_swiglu(x, x[..., :4]), r"up \(2, 3, 4\)"),
     (lambda x: blocks.fused_swiglu_packed(x[..., :7]), "even width"),
     (lambda x: blocks.fused_queries_keys(x, x, x[..., :4], x[..., :2], x[..., :2], 4, 4, 5, True), "value=5"),

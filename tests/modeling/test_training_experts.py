@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling_deepseek_r1 import training_experts
 from modeling_deepseek_r1.experts import DeepSeekR1Experts
+from modeling_deepseek_r1.fused import beside, join, set_second_stream
 from modeling_deepseek_r1.training_experts import TWINS, fused_experts, fused_experts_twin, sort_pairs
+from modeling_deepseek_r1.training_linear import fused_gated_mlp
 from tests.modeling.helpers import tiny_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,9 +102,10 @@ def test_gather_and_sum(width, dtype, to):
     local = int(offsets[-1])
     assert 0 < local < TOKENS * TOP_K
     source, residual = random(TOKENS, width, dtype=dtype), random(TOKENS, width, dtype=to)
-    result = kernels.gather_rows(source, order, offsets, TOP_K, to)
-    expected = TWINS.gather_rows(source, order, offsets, TOP_K, to)
-    assert result.dtype == to
+    result = kernels.gather_rows(source, back, offsets, local + 1, to)
+    expected = TWINS.gather_rows(source, back, offsets, local + 1, to)
+    assert result.dtype == to and result.shape == expected.shape == (local + 1, width)
+    assert torch.equal(expected[:local], source[order[:local].long() // TOP_K].to(to))
     if to == dtype or not INTERPRETED:  # the interpreter cuts fp32 off to bf16 where a GPU rounds
         assert torch.equal(result[:local], expected[:local])
     close(result[:local], expected[:local], to)
@@ -240,7 +243,8 @@ def test_garbage_of_other_ranks_stays_out(monkeypatch, dtype):
             calls.append(name)
             results = function(*args, **kwargs)
             for rows in results[:2] if isinstance(results, tuple) else (results,):
-                with_garbage(rows, offsets)
+                if rows is not None:
+                    with_garbage(rows, offsets)
             return results
 
         monkeypatch.setattr(owner, name, leaves_garbage)
@@ -305,6 +309,79 @@ def test_frozen_inputs_mixed_dtypes_and_checkpoints():
         assert all(torch.equal(mine, other) for mine, other in zip(found, full))
 
 
+def shared_case(tokens=9, dtype=FP32):
+    """`case`, and the weights of shared experts."""
+    module, index, *floats = case(tokens, 6, 3, "ragged", dtype)
+    shapes = (20, WIDTH), (20, WIDTH), (WIDTH, 20)
+    return module, index, floats, [random(*shape, dtype=dtype, scale=0.2).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_experts_inside_are_those_beside(recompute):
+    """Made by the experts' function or given to it: the same numbers, but for the order in which the two gradients of
+    the hidden states are added."""
+    module, index, (hidden, weights, residual), shared = shared_case()
+    experts = (*sort_pairs(index, 6), module.gate_up_proj, module.down_proj, residual)
+    inputs, target = (hidden, weights, residual, *module.parameters(), *shared), random(9, WIDTH)
+    inside = fused_experts(hidden, weights, *experts, recompute=recompute, shared_weights=shared)
+    beside = fused_experts(hidden, weights, *experts, fused_gated_mlp(hidden, *shared, recompute), recompute)
+    twin = fused_experts_twin(hidden, weights, *experts, shared_weights=shared)
+    assert torch.equal(inside, beside)
+    close(twin, inside, FP32)
+    found, expected, plain = (gradients(output, inputs, target) for output in (inside, beside, twin))
+    close(found[0], expected[0], FP32)
+    assert all(torch.equal(mine, other) for mine, other in zip(found[1:], expected[1:]))
+    for mine, other in zip(found, plain):
+        close(mine, other, FP32, slack=4)
+    for frozen in ([0], [3, 4], [5, 6], [7], [0, 1, 3, 4]):
+        tensors = [x.detach().requires_grad_(k not in frozen) for k, x in enumerate(inputs)]
+        output = fused_experts(*tensors[:2], *experts[:3], *tensors[3:5], tensors[2], None, recompute, tensors[5:])
+        wanted = [k for k in range(8) if k not in frozen]
+        for k, mine in zip(wanted, gradients(output, [tensors[k] for k in wanted], target)):
+            assert torch.equal(mine, found[k])
+
+
+def test_shared_experts_of_no_tokens_have_zero_gradients():
+    module, index, (hidden, weights, _), shared = shared_case(tokens=0)
+    experts = (*sort_pairs(index, 6), module.gate_up_proj, module.down_proj)
+    output = fused_experts(hidden, weights, *experts, shared_weights=shared)
+    found = torch.autograd.grad(output.sum(), (hidden, module.down_proj, *shared))
+    assert [grad.shape for grad in found[2:]] == [x.shape for x in shared] and not any(x.any() for x in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a second stream")
+def test_the_second_stream_changes_no_number():
+    """Many steps of changing size, so that memory goes back to both streams' pools and comes from them again."""
+    before = set_second_stream(False)
+    try:
+        for size in (4096, 777, 4096, 1500):
+            module, index, (hidden, weights, residual), shared = shared_case(size, BF16)
+            experts = (*sort_pairs(index, 6), module.gate_up_proj, module.down_proj, residual)
+            inputs, target = (hidden, weights, residual, *module.parameters(), *shared), random(size, WIDTH)
+            results = []
+            for enabled in (False, True, True):
+                set_second_stream(enabled)
+                output = fused_experts(hidden, weights, *experts, shared_weights=shared)
+                results.append([output, *gradients(output, inputs, target)])
+            for others in results[1:]:
+                assert all(torch.equal(mine, other) for mine, other in zip(results[0], others))
+    finally:
+        set_second_stream(before)
+
+
+def test_without_cuda_the_second_stream_is_none():
+    before = set_second_stream(True)
+    try:
+        value = torch.ones(1)
+        with beside(value):
+            value = value + 1
+        join(value)
+        assert value == 2
+    finally:
+        assert set_second_stream(before) is True
+
+
 def test_inputs_and_saved_tensors_stay_as_they_are():
     """Also with a second backward through the same graph, whose saved product the first must not have changed."""
     module, index, hidden, weights, residual = case(9, 6, 3, "random")
@@ -317,8 +394,8 @@ def test_inputs_and_saved_tensors_stay_as_they_are():
 
 @pytest.mark.parametrize("change, message", [
     ({"gate_up": (4, 20, 8)}, "must be"), ({"weights": (3, 2)}, "K choices"), ({"offsets": (5,)}, "5 entries"),
-    ({"residual": (4, 9)}, "residual"), ({"dtype": FP16}, "cast both"), ({"order": 0}, "last local one"),
-    ({"order": 9}, "last local one"),
+    ({"residual": (4, 9)}, "residual"), ({"dtype": FP16}, "cast both"), ({"shared": BF16}, "cast them"),
+    ({"order": 0}, "last local one"), ({"order": 9}, "last local one"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(change, message):
     sizes = {"gate_up": (4, 16, 8), "weights": (4, 2), "offsets": (4,), "residual": (4, 8)} | change
@@ -326,4 +403,5 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         fused_experts(torch.zeros(4, 8), torch.zeros(sizes["weights"]), order, pairs, torch.zeros(sizes["offsets"]),
                       torch.zeros(sizes["gate_up"]), torch.zeros(4, 8, 8, dtype=sizes.get("dtype", FP32)),
-                      torch.zeros(sizes["residual"]))  # fmt: skip
+                      torch.zeros(sizes["residual"]),
+                      shared_weights=[torch.zeros(1, dtype=sizes.get("shared", FP32))] * 3)  # fmt: skip

@@ -211,3 +211,20 @@ def test_gradient_onto_another():
     result, none = router_logits_backward(grad, hidden_states, weight, need_weight=False, base=base)
     assert none is None
     torch.testing.assert_close(result, base + F.linear(grad, weight.t()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_logits_that_pass_their_input_on(dtype):
+    """The other reader's gradient is added in the kernel, in fp32; the logits are those without."""
+    hidden_states, weight = (torch.randn(*shape).to(DEVICE, dtype).requires_grad_() for shape in ((9, 40), (6, 40)))
+    logits, passed = router_logits(hidden_states, weight, passes_on=True)
+    assert torch.equal(logits, router_logits(hidden_states, weight)) and torch.equal(passed, hidden_states)
+    outer = torch.randn_like(logits), torch.randn_like(passed)
+    found = torch.autograd.grad((logits, passed), (hidden_states, weight), outer)
+    expected = torch.autograd.grad(router_logits(hidden_states, weight), (hidden_states, weight), outer[0])
+    assert torch.equal(found[1], expected[1])
+    tolerance = 2**-6 if dtype == BF16 else 1e-5  # two roundings to bf16 against one, cut off in the interpreter
+    torch.testing.assert_close(found[0], expected[0] + outer[1], rtol=tolerance, atol=tolerance)
+    _, passed = router_logits(hidden_states, weight, passes_on=True)
+    alone = torch.autograd.grad(passed, (hidden_states, weight), outer[1], allow_unused=True)
+    assert torch.equal(alone[0], outer[1]) and alone[1] is None

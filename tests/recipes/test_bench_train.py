@@ -60,11 +60,14 @@ def test_kinds_of_kernels(kernel, kind):
 
 
 def test_own_kernels_are_found_in_their_files(monkeypatch, tmp_path):
-    (tmp_path / "kernels_x.py").write_text("@triton.jit\ndef _softmax_rows(a):\n    pass\n\n\ndef plain():\n    pass\n")
+    (tmp_path / "kernels_x.py").write_text(
+        '@triton.jit\ndef _softmax_rows(a):\n    pass\n\n\ndef plain():\n    pass\n\n\n'
+        '@triton.jit(do_not_specialize=["a"])\ndef _gathered(a):\n    pass\n'
+    )
     monkeypatch.setattr(train_profile, "ROOT", tmp_path)
     monkeypatch.setattr(train_profile, "OWN_FILES", {"kernels_x.py": "norms", "absent.py": "optimizer"})
     train_profile.own_kernels.cache_clear()
-    assert train_profile.kind_of("_softmax_rows") == "norms"  # not by the word in it
+    assert train_profile.kind_of("_softmax_rows") == train_profile.kind_of("_gathered") == "norms"  # not by words in it
     train_profile.own_kernels.cache_clear()
 
 

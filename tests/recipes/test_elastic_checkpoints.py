@@ -1,4 +1,4 @@
-"""Saved on n processes, resumed on m, whole or sharded, at once or beside training: the same curve; plain at the end."""
+"""Saved on n processes, resumed on m, whole or sharded, at once or beside training: one curve, and a plain end."""
 
 import errno
 import json
@@ -12,24 +12,35 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
 from recipes.checkpoint_files import IncompleteCheckpointError, find_problem, list_checkpoints
 from recipes.checkpoints import CheckpointSaveError
 from recipes.export_checkpoint import export_checkpoint
 from recipes.resume_guard import check_unchanged, keep_step
-from recipes.sharded_checkpoints import LayoutError, holds_shards, load_weights, saved_tensors
+from recipes.sharded_checkpoints import (
+    GROUPS,
+    LayoutError,
+    holds_shards,
+    load_optimizer,
+    load_weights,
+    optimizer_state,
+    saved_tensors,
+    weight_pieces,
+    write_pieces,
+)
 from recipes.tensor_pieces import Piece, deal_whole, weight_sums
 from tests.recipes.processes import FSDP, run_ranks, start_ranks, wait_for
 from tests.recipes.test_row_order import stop_after
 from tests.recipes.tiny_run import losses, tiny_config, tiny_model, tiny_trainer
 
-STEPS = 6
+STEPS, ROWS = 6, 8  # an epoch has three steps: every run is resumed within one
 LAYOUTS = {"ddp": {}, "fsdp": FSDP}
 
 
-def train(folder, world, until=STEPS, rows=4, layout="ddp", sizes=None, then=None, **options):
+def train(folder, world, until=STEPS, layout="ddp", sizes=None, then=None, **options):
     """Trains in `folder` on `world` processes up to step `until`, from where it is; `then(trainer)` on every rank."""
     settings = {
-        "per_device_train_batch_size": rows // world, "gradient_accumulation_steps": 1, "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS // world, "gradient_accumulation_steps": 1, "max_steps": STEPS,
         "eval_strategy": "no", "save_steps": 2, "resume_from_checkpoint": "auto",
     } | options  # fmt: skip
 
@@ -48,7 +59,7 @@ def train(folder, world, until=STEPS, rows=4, layout="ddp", sizes=None, then=Non
 
 def largest_difference(one, two):
     """Of two runs' losses and of the models they saved."""
-    curves, weights = [losses(folder) for folder in (one, two)], [load_file(f / "model.safetensors") for f in (one, two)]
+    curves, weights = zip(*((losses(folder), load_file(folder / "model.safetensors")) for folder in (one, two)))
     assert curves[0].keys() == curves[1].keys() == set(range(1, STEPS + 1)) and weights[0].keys() == weights[1].keys()
     of_weights = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
     return max(abs(curves[0][step] - curves[1][step]) for step in curves[0]), max(of_weights)
@@ -195,8 +206,8 @@ def failing_writer(rank, at):
 def test_an_error_of_one_writer_comes_up_on_all_ranks(tmp_path, at):
     """At the next save, or at the end; the checkpoint before is intact, and the run is resumed from it."""
     folder = tmp_path / "run"
-    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, eval_strategy="no", save_steps=2,
-                   async_save=True, resume_from_checkpoint="auto")
+    options = dict(per_device_train_batch_size=ROWS // 2, gradient_accumulation_steps=1, eval_strategy="no",
+                   save_steps=2, async_save=True, resume_from_checkpoint="auto")
 
     def work(rank):
         failing_writer(1, at)
@@ -242,10 +253,6 @@ def test_a_rank_that_dies_beside_a_save_leaves_the_one_before(tmp_path):
 
 @pytest.mark.slow
 def test_split_experts_are_read_whole_and_whole_ones_split(tmp_path):
-    from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
-    from recipes.sharded_checkpoints import load_optimizer, optimizer_state, weight_pieces, write_pieces
-    from recipes.sharded_checkpoints import GROUPS
-
     def stepped(world):
         model = tiny_model(tiny_config(tmp_path / "unused"))
         if world > 1:  # the arguments made the process group
@@ -316,8 +323,8 @@ def test_what_keeps_a_step_is_said():
     now = run | {"training": {"sequences_per_step": 8}, "split": split | {"processes": 1}}
     with pytest.raises(ValueError, match=(
         r"rows of an optimizer step: 16 \(per_device_train_batch_size=4 x gradient_accumulation_steps=2 x 2 processes\)"
-        r" -> 8 \(.* x 1 processes\); keep 16 rows with per_device_train_batch_size=4, gradient_accumulation_steps=4 on "
-        r"1 process")):  # fmt: skip
+        r" -> 8 \(.* x 1 processes\); keep 16 rows with per_device_train_batch_size=4, gradient_accumulation_steps=4 "
+        r"on 1 process")):  # fmt: skip
         check_unchanged(run, now, False, "checkpoint-2")
     kept = now | {"training": {"sequences_per_step": 16}}
     assert check_unchanged(run, kept, False, "checkpoint-2")[0].startswith("processes: 2 -> 1: losses will agree up to")
@@ -349,5 +356,5 @@ def test_whole_tensors_are_dealt_out_evenly():
     dealt = [deal_whole(pieces, rank, 2) for rank in (0, 1)]
     assert all(sum(each[name].owner for each in dealt) == 1 for name in pieces if name != "part")
     assert all(each["part"].owner for each in dealt)
-    loads = [sum(piece.local.numel() for name, piece in each.items() if piece.owner and name != "part") for each in dealt]
-    assert loads == [11, 11]
+    loads = [sum(piece.local.numel() for piece in each.values() if piece.owner) for each in dealt]
+    assert loads == [11 + 4, 11 + 4]

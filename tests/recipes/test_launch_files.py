@@ -102,7 +102,7 @@ def test_slurm_script_launches_one_command_a_node(tmp_path):
     parts = run.stdout.split("\n")[:-1]
     args = launch_command_parser().parse_args(parts[1:])
     assert parts[0] == "launch" and args.num_machines == 2 and args.num_processes == 8 and args.machine_rank == 1
-    assert args.main_process_ip == "first" and args.main_process_port == 29505 and args.rdzv_backend == "c10d"
+    assert args.main_process_ip == "first" and args.main_process_port == 29505 and args.rdzv_backend == "static"
     assert args.training_script_args == ["--config", "a b.yaml"]
     none = subprocess.run(["bash", str(SLURM)], env=environment, capture_output=True, text=True)
     assert none.returncode == 2 and "usage" in none.stderr

@@ -6,11 +6,13 @@ other tests run everywhere.
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from modeling_deepseek_r1.compute_copies import in_dtype
 from recipes import kernels_adamw
 from recipes.kernels_adamw import adamw_, adamw_lists_, coefficients
 from recipes.optimizers import FusedAdamW, MuonAdamW, gradient_norm, orthogonalise
@@ -58,6 +60,36 @@ def test_kernel_equals_its_twin(count, dtype, gradient_dtype, clipped):
         assert (found != expected).float().mean() <= seldom
         assert found.data_ptr() != before.data_ptr()
     assert torch.equal(ours[1], tensors[1]) and torch.equal(twin[1], tensors[1])  # gradients stay as they are
+
+
+@runs_kernels
+@pytest.mark.parametrize("count", [2 * 2048 + 5, 640])
+def test_kernel_writes_the_copy_and_reads_bf16_gradients(count):
+    """Of an fp32 weight: the same step to the last bit as with the gradient in fp32, and what torch's cast gives."""
+    weight, gradient, *moments = one_step_inputs(count, FP32, BF16)
+    weight[:4] = torch.tensor([torch.inf, torch.nan, 1e-40, -0.0])
+    copy_of, flag = weight.bfloat16(), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    narrow = [weight.clone(), gradient, *(each.clone() for each in moments)]
+    wide = [weight.clone(), gradient.float(), *(each.clone() for each in moments)]
+    numbers, clip = coefficients(1e-2, 0.9, 0.95, 1e-8, 0.1, 3), torch.tensor(0.37, device=DEVICE)
+    version = copy_of._version
+    adamw_(*narrow, clip, None, copy_of, (flag, 0), **numbers)
+    adamw_(*wide, clip, **numbers)
+    same = lambda a, b: torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    assert all(same(found.float(), expected) for found, expected in zip(narrow, wide))
+    assert same(copy_of, narrow[0].bfloat16()) and copy_of._version > version and flag.item() == 0
+
+
+@runs_kernels
+def test_kernel_notices_weights_changed_without_a_trace():
+    tensors, numbers = one_step_inputs(3 * 1024, FP32, BF16), coefficients(1e-2, 0.9, 0.95, 1e-8, 0.1, 3)
+    copy_of = tensors[0].bfloat16()
+    tensors[0][1500] += 1.0  # in the second block
+    flags = []
+    for turn in (0, 1, 2, 64, 65):
+        flags.append(torch.zeros(1, dtype=torch.int32, device=DEVICE))
+        adamw_(*(each.clone() for each in tensors), None, None, copy_of.clone(), (flags[-1], turn), **numbers)
+    assert [flag.item() for flag in flags] == [0, 1, 0, 0, 1]
 
 
 @runs_kernels
@@ -119,6 +151,17 @@ def groups_of(weights):
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
+@pytest.mark.parametrize("count, dtype, expected", [
+    (1 << 16, FP32, True), (1024, FP32, False), (1024, BF16, True), (0, BF16, False),
+])  # fmt: skip
+def test_who_updates_a_weight(count, dtype, expected):
+    weight = torch.zeros(count, dtype=dtype)
+    assert not kernels_adamw.has_kernel(weight)
+    on_a_gpu = SimpleNamespace(is_cuda=True, **{name: getattr(weight, name) for name in
+                                                ("numel", "element_size", "is_contiguous")})  # fmt: skip
+    assert kernels_adamw.has_kernel(on_a_gpu) == expected
+
+
 @pytest.mark.parametrize("max_norm", [1.0, 1000.0, 0.0])
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=runs_kernels)])
 def test_twenty_steps_equal_torch(kernel, max_norm, monkeypatch):
@@ -155,6 +198,70 @@ def test_state_moves_between_our_adamw_and_torchs(start, then):
     run_steps(resumed, weights, 3, 0.5, first=4, ours=then == "ours")
     for found, expected in zip(weights, through):
         assert (found - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=runs_kernels)])
+def test_copies_and_bf16_gradients_change_no_number(kernel, monkeypatch):
+    monkeypatch.setattr(kernels_adamw, "LEAST_ELEMENTS", 0 if kernel else 1 << 30)
+    if kernel and INTERPRETED:
+        monkeypatch.setattr("recipes.optimizers.has_kernel", lambda weight: True)
+    runs = []
+    for copies in (True, False):
+        weights, found = parameters(), []
+        optimizer = FusedAdamW(weights, lr=1e-2, compute_copies=copies)
+        for step in range(3):
+            torch.manual_seed(step)
+            factors = [torch.randn(weight.shape).to(DEVICE, BF16) for weight in weights]
+            sum((in_dtype(w, BF16) * factor).float().sin().sum() for w, factor in zip(weights, factors)).backward()
+            assert {w.grad.dtype for w in weights} == {BF16 if copies else FP32}
+            found.append(optimizer.clip_gradients(weights, 0.5).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        if copies:
+            assert all(torch.equal(optimizer.copies.take(w), w.bfloat16()) for w in weights)
+        runs.append((found, weights))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+@runs_kernels
+def test_a_weight_changed_without_a_trace_stops_the_run(monkeypatch):
+    monkeypatch.setattr(kernels_adamw, "CHECKED", 1)
+    monkeypatch.setattr("recipes.optimizers.has_kernel", lambda weight: True)
+    weight = nn.Parameter(torch.randn(40, 30, device=DEVICE))
+    optimizer = FusedAdamW([weight], lr=1e-2, compute_copies=True)
+
+    def step():
+        in_dtype(weight, BF16).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize() if DEVICE == "cuda" else None
+
+    step()
+    step()
+    weight.data.mul_(1.5)
+    step()
+    with pytest.raises(RuntimeError, match=r"weight\.data\.mul_.*compute_copies=false"):
+        step()
+
+
+def test_copies_are_for_one_process(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="this group has 2"):
+        FusedAdamW([nn.Parameter(torch.ones(3))], compute_copies=True)
+
+
+def test_muon_takes_copies_of_adamws_weights_only():
+    matrix, other = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5, 6))
+    optimizer = MuonAdamW([{"params": [matrix], "muon": True}, {"params": [other]}], lr=0.01, compute_copies=True)
+    for _ in range(2):
+        (in_dtype(matrix, BF16).float().sum() + in_dtype(other, BF16).float().sum()).backward()
+        assert (matrix.grad.dtype, other.grad.dtype) == (FP32, BF16)
+        optimizer.clip_gradients([matrix, other], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(optimizer.copies.take(other), other.bfloat16()) and optimizer.copies.take(matrix) is None
 
 
 def test_bf16_weights_round_once_a_step():

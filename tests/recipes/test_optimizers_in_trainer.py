@@ -2,12 +2,24 @@
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
+from recipes.ema import EMACallback
 from recipes.optimizers import FusedAdamW, MuonAdamW, muon_groups, muon_kinds
 from recipes.packed_rows import PackingCollator
 from recipes.pretrain_config import PretrainConfig
 from recipes.pretrain_trainer import PretrainTrainer
 from tests.recipes.tiny_run import SIZES, RandomRows, tiny_config, tiny_model
+
+
+class AveragedLosses(EMACallback):
+    """Evaluates the averaged weights after every step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        ids = torch.arange(24).view(2, 12)
+        with self.applied(model), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            self.losses = [*getattr(self, "losses", []), model.eval()(input_ids=ids, labels=ids).loss.item()]
+        model.train()
 
 
 class Recorder(PretrainTrainer):
@@ -52,9 +64,40 @@ def test_trainer_losses_and_norms_equal_torchs(tmp_path):
     assert abs(unclipped[0].norms[2] / plain.norms[2] - 1) > 1e-4  # clipping does change the run
 
 
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_copies_change_no_number(tmp_path, accumulation):
+    """bf16 compute, and other weights in the model after every step, for an evaluation."""
+    runs = []
+    for copies in (True, False):
+        trainer = trainer_of(tmp_path / str(copies), compute_copies=copies, optimizer="fused", bf16=True, max_steps=3,
+                             gradient_accumulation_steps=accumulation)  # fmt: skip
+        average = AveragedLosses(0.9)
+        trainer.add_callback(average)
+        trainer.train()
+        runs.append((trainer.records, trainer.norms, average.losses))
+        if copies:
+            experts = trainer.model.model.layers[1].mlp.experts.down_proj
+            assert trainer.optimizer.optimizer.copies.kept[experts].current() is None  # the last change was its return
+    assert runs[0] == runs[1] and len(set(runs[0][2])) == 3
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, True), ({"activation_checkpointing": "selective"}, True), ({"activation_checkpointing": "full"}, "gradients"),
+    ({"compute_copies": False}, False), ({"bf16": False}, False),
+])  # fmt: skip
+def test_when_copies_are_kept(tmp_path, changes, expected):
+    trainer = trainer_of(tmp_path, **({"optimizer": "fused", "bf16": True} | changes))
+    assert trainer._compute_copies() == expected
+    trainer.accelerator.state.distributed_type = DistributedType.MULTI_CPU
+    try:
+        assert trainer._compute_copies() is False  # DDP averages gradients in buckets of the weights' dtype
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
+
+
 @pytest.mark.parametrize("kind", ["fused", "muon"])
 def test_trainer_resumes_exactly(tmp_path, kind):
-    options = {"optimizer": kind, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    options = {"optimizer": kind, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": kind == "fused"}
     whole = train(tmp_path / "whole", **options)
     resumed = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
     assert resumed.records == whole.records[2:]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from torch.utils.data import BatchSampler, DataLoader
 
 from recipes.packed_rows import PackingCollator
-from recipes.row_order import PART, RowOrder
+from recipes.row_order import PART, RowOrder, set_sampler_epoch
 from tests.recipes.tiny_run import LENGTH, RandomRows, tiny_trainer
 
 
@@ -63,6 +63,29 @@ def test_resume_in_the_middle_on_another_number_of_processes():
         whole = rows_by_step(order, 16, 1)
         for batch, processes in SPLITS:
             assert rows_by_step(order, batch, processes, skipped_steps=3) == whole[3:]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_process_that_skips_batches_knows_the_epoch(world):
+    """As Trainer resumes within an epoch: accelerate alone does not tell the sampler of several processes."""
+    order = RowOrder(40, 8, 3)
+    order.set_epoch(2)
+    expected = rows_by_step(order, 8, 1, rows_per_step=8)[2:]
+    loader = DataLoader(range(40), batch_sampler=BatchSampler(RowOrder(40, 8, 3), 8 // world, False), collate_fn=list)
+    found = []
+    for process in range(world):
+        share = prepare_data_loader(loader, num_processes=world, process_index=process, put_on_device=False)
+        for helped in (False, True):
+            if helped:
+                set_sampler_epoch(share, 2)
+            rest = skip_first_batches(share, 2)
+            rest.set_epoch(2)
+            batches = list(rest)
+            if not helped and world > 1:
+                assert batches[0] != list(expected[0]) and not set(batches[0]) <= set(expected[0])
+            set_sampler_epoch(share, 0)
+        found.append(batches)
+    assert [sorted(row for batch in step for row in batch) for step in zip(*found)] == expected
 
 
 def test_epochs_differ_and_file_order_is_kept():
