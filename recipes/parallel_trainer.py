@@ -14,14 +14,6 @@ from modeling_deepseek_r1.expert_parallel_state import (
 from recipes.sharding import can_shard, is_sharded, reduce_replicated_gradients, shard
 
 
-def innermost_sampler(dataloader):
-    """What draws the rows, inside of what makes batches of them and deals these out; None for streams."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    while hasattr(sampler, "batch_sampler"):
-        sampler = sampler.batch_sampler
-    return getattr(sampler, "sampler", None)
-
-
 class ParallelMixin:
     """Put after the optimizer's and the checkpoints' mixins and before `transformers.Trainer` in the list of bases.
 
@@ -100,11 +92,6 @@ class ParallelMixin:
         if isinstance(self.model_wrapped, DistributedDataParallel):
             split = {name for name, p in self.model_wrapped.module.named_parameters() if is_expert_parallel(p)}
             assert split <= set(self.model_wrapped.parameters_to_ignore), "DDP would average experts that differ"
-        # A resumed epoch's first batches are skipped by a sampler around the others, which on several processes is one
-        # more than Trainer's own `set_epoch` reaches through: it would go on with the order of the first epoch.
-        sampler = innermost_sampler(kwargs["train_dataloader"])
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
     # -- the step
