@@ -1,5 +1,7 @@
 """Multi-head Latent Attention and the registry of attention kinds."""
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,6 +33,29 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def misses_masked_rows(queries, attention_mask):
+    """Whether cuDNN's attention, which torch prefers on Hopper, might give gradients of queries that are NaN.
+
+    Its backward masks whole pairs of tiles of 64 keys. With a mask tensor and a length of 64 modulo 128, the keys that
+    fill the last pair score 0, and exp(0 - logsumexp) overflows for rows whose logsumexp is below -88.7, down to -inf
+    for rows that see nothing: the padding on the left of prompts. Found as pytorch issue 196678. A switch of torch's
+    cannot be thrown inside a compiled graph.
+    """
+    trains = queries.requires_grad and torch.is_grad_enabled()
+    return queries.is_cuda and attention_mask is not None and trains and not torch.compiler.is_compiling()
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """torch's attention by its other kernels; what else the user has switched off stays off."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class DeepSeekR1LatentAttention(nn.Module):
@@ -207,16 +232,11 @@ class DeepSeekR1LatentAttention(nn.Module):
         missing_width = self.config.qk_head_dim - self.config.v_head_dim if pad else 0
         values = nn.functional.pad(values, (0, missing_width)) if missing_width > 0 else values
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        masked = implementation == "sdpa" and misses_masked_rows(queries, attention_mask)
+        with without_cudnn_attention() if masked else contextlib.nullcontext():
+            output, weights = attention(
+                self, queries, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         return output[..., : self.config.v_head_dim] if missing_width > 0 else output, weights
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
