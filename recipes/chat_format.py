@@ -14,6 +14,7 @@ Both take `past_reasoning="keep"` (see their files) for training on all turns of
 import difflib
 from pathlib import Path
 
+from tokenizers import AddedToken
 from trl.chat_template_utils import (
     has_generation_markers,
     is_chat_template_prefix_preserving,
@@ -27,8 +28,17 @@ FOLDER = Path(__file__).resolve().parent / "chat_templates"
 NEEDED_TOKENS = {"deepseek_r1": ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"), "deepseek_r1_zero": ()}
 
 
-def set_chat_template(tokenizer, name):
+def missing_tokens(tokenizer, name):
+    """The tokens that the template of that name is made of and the tokenizer lacks."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]
+
+
+def set_chat_template(tokenizer, name, add_tokens=False):
     """Gives the tokenizer the template of that name, or of a .jinja file, and returns the tokenizer.
+
+    `add_tokens`: adds the tokens that it lacks; the model's embeddings must then grow (`resize_token_embeddings`).
+    They are not special ones, as DeepSeek's are not: decoding without special tokens must keep <think>.
 
     Raises:
         ValueError: for an unknown name, or if the tokenizer lacks tokens of the format: as mere text they would
@@ -36,12 +46,13 @@ def set_chat_template(tokenizer, name):
     """
     if name in NEEDED_TOKENS:
         path = FOLDER / f"{name}.jinja"
-        missing = [token for token in NEEDED_TOKENS[name] if tokenizer.convert_tokens_to_ids(token)
-                   in (None, tokenizer.unk_token_id)]
-        if missing:
+        missing = missing_tokens(tokenizer, name)
+        if missing and add_tokens:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in missing])
+        elif missing:
             raise ValueError(f"the tokenizer has no tokens {', '.join(missing)}, which the template {name} is made of; "
-                             f"call tokenizer.add_tokens({missing}) and model.resize_token_embeddings(len(tokenizer)), "
-                             "or use deepseek_r1_zero, which needs none")
+                             "set add_template_tokens=true (sft, distill), or call tokenizer.add_tokens and "
+                             "model.resize_token_embeddings, or use deepseek_r1_zero, which needs none")
     elif str(name).endswith(".jinja"):
         path = Path(name)
         if not path.is_file():

@@ -166,6 +166,11 @@ class DistillRecipeConfig(SFTRecipeConfig, DistillationConfig):
             )
         if given == ["model_name_or_path"]:
             return
+        if self.add_template_tokens:
+            raise ValueError(
+                f"add_template_tokens=true is for a student given by model_name_or_path; {given[0]} uses the teacher's "
+                "tokenizer as it is: leave it out"
+            )
         if teacher is None:
             raise ValueError(f"{given[0]} needs teacher_model_name_or_path, where the student's tokenizer comes from")
         self.model_name_or_path = teacher

@@ -21,6 +21,7 @@ def teacher_settings(args):
     settings.weights_dtype = args.teacher_weights_dtype or args.weights_dtype
     settings.model_init_kwargs = args.teacher_model_init_kwargs
     settings.mtp_loss_coef = settings.seq_aux_loss_alpha = settings.bias_update_speed = None
+    settings.add_template_tokens = False  # the student's tokens
     settings.max_length = args.max_length if args.method == "logits" else None
     return settings
 

@@ -9,7 +9,7 @@ from transformers.distributed import DistributedConfig
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type deepseek_r1)
 from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
-from recipes.chat_format import set_chat_template
+from recipes.chat_format import NEEDED_TOKENS, set_chat_template
 from recipes.data import check_vocabulary
 from recipes.parallel_settings import divisors, launched_with
 
@@ -164,7 +164,7 @@ def load_chat_tokenizer(args):
         raise FileNotFoundError(f"{source} does not exist in {Path.cwd()}; recipes/pretrain.py makes a base model")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     if args.chat_template:
-        set_chat_template(tokenizer, args.chat_template)
+        set_chat_template(tokenizer, args.chat_template, getattr(args, "add_template_tokens", False))
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {source} has no chat template; set chat_template, e.g. to deepseek_r1")
     if tokenizer.pad_token is None:
@@ -172,11 +172,27 @@ def load_chat_tokenizer(args):
     return tokenizer
 
 
+EMBEDDING_ROWS = 64  # tensor cores want the head's width in multiples
+
 # What `load_causal_lm` passes to `from_pretrained` itself: from which field.
 INIT_KWARGS = {
     "dtype": "weights_dtype", "torch_dtype": "weights_dtype", "trust_remote_code": "trust_remote_code",
     "quantization_config": "load_in_4bit or load_in_8bit", "config": "the recipe",
 }  # fmt: skip
+
+
+def make_room(model, tokenizer, most):
+    """Grows the embeddings to the tokenizer's size, as a multiple of 64 rows, where it has up to `most` tokens more.
+
+    New rows are drawn around the mean of the old ones; spare rows are used as they are.
+    Raises:
+        ValueError: for more tokens than `most`: the tokenizer is another model's.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows + most:
+        check_vocabulary(tokenizer, model.config.get_text_config())
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_ROWS)
 
 
 def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoModelForCausalLM, **config_changes):
@@ -206,7 +222,9 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
     else:
         config = found
     check_spread(args, config)
-    check_vocabulary(tokenizer, config.get_text_config())
+    grows = getattr(args, "add_template_tokens", False)
+    if not grows:
+        check_vocabulary(tokenizer, config.get_text_config())
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and (getattr(args, "max_length", None) or 0) > context:
         raise ValueError(f"max_length={args.max_length} exceeds the context of {name} ({context} tokens); lower it")
@@ -214,6 +232,8 @@ def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoMod
         name, config=config, dtype=getattr(torch, args.weights_dtype), quantization_config=quantization_config,
         trust_remote_code=args.trust_remote_code, **kwargs,
     )  # fmt: skip
+    if grows:
+        make_room(model, tokenizer, len(NEEDED_TOKENS.get(args.chat_template, ())))
     if getattr(config, "num_nextn_predict_layers", 0) and hasattr(model, "freeze_mtp") and not config.mtp_loss_coef:
         logger.warning("mtp_loss_coef=0: the multi-token-prediction layers are frozen")
         model.freeze_mtp()

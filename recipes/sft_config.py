@@ -25,6 +25,9 @@ class SFTRecipeConfig(ModelSettings, AdapterSettings, TaskSettings, RunSettings,
     """
 
     # -- model
+    add_template_tokens: bool = setting(
+        False, "Give the tokenizer the tokens that chat_template is made of and it lacks; the embeddings grow."
+    )
     mtp_loss_coef: float | None = setting(
         None, "Weight of the multi-token-prediction loss. Default: the model's own; 0 freezes these layers."
     )
@@ -62,6 +65,13 @@ class SFTRecipeConfig(ModelSettings, AdapterSettings, TaskSettings, RunSettings,
         for name, allowed in (("multi_turn", MULTI_TURN), ("overlong", OVERLONG), ("errors", ("strict", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.add_template_tokens and self.lora_rank:
+            raise ValueError(
+                f"add_template_tokens=true adds rows of embedding, which lora_rank={self.lora_rank} leaves untrained; "
+                "set lora_rank=0, or use a chat_template that needs no new tokens, e.g. deepseek_r1_zero"
+            )
+        if self.add_template_tokens and not self.chat_template:
+            raise ValueError("add_template_tokens=true has no effect without chat_template; set it, e.g. deepseek_r1")
         if self.loss_type != "nll" and self.label_smoothing_factor:
             raise ValueError(f"loss_type={self.loss_type} has no label smoothing; set label_smoothing_factor to 0")
 

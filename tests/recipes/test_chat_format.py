@@ -14,9 +14,11 @@ from recipes.chat_format import (
     NEEDED_TOKENS,
     ReasoningStream,
     check_training_template,
+    missing_tokens,
     set_chat_template,
 )
 from tests.recipes.tiny_run import tiny_config, tiny_model
+from tests.recipes.tiny_stages import tokenizer_without_marks
 
 NAMES = ["deepseek_r1", "deepseek_r1_zero"]
 REASONED = "<think>\nTwo and two.\n</think>\n\nFour."
@@ -204,8 +206,8 @@ def test_set_chat_template_by_name_and_path(trained, tmp_path):
     with pytest.raises(ValueError, match="no chat template file .*none.jinja"):
         set_chat_template(trained, tmp_path / "none.jinja")
 
-    base = AutoTokenizer.from_pretrained(_without_marks(trained, tmp_path))
-    with pytest.raises(ValueError, match="no tokens <think>, </think>.*add_tokens.*deepseek_r1_zero"):
+    base = AutoTokenizer.from_pretrained(tokenizer_without_marks(tmp_path / "base"))
+    with pytest.raises(ValueError, match="no tokens <think>, </think>.*add_template_tokens.*deepseek_r1_zero"):
         set_chat_template(base, "deepseek_r1")
     prompt = set_chat_template(base, "deepseek_r1_zero").apply_chat_template([user()], return_dict=False,
                                                                                add_generation_prompt=True)
@@ -214,18 +216,17 @@ def test_set_chat_template_by_name_and_path(trained, tmp_path):
     check_training_template(base)
 
 
-def _without_marks(tokenizer, folder):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    text = ":\n<think>\n Assistant:\n<answer> 2 </answer></think>" * 9
-    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=330, special_tokens=[EOS],
-                                                            initial_alphabet=alphabet, show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder / "base")
-    return folder / "base"
+def test_missing_tokens_are_added(trained, tmp_path):
+    base = AutoTokenizer.from_pretrained(tokenizer_without_marks(tmp_path / "base"))
+    size = len(base)
+    set_chat_template(base, "deepseek_r1", add_tokens=True).save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert len(loaded) == size + 4 and not missing_tokens(loaded, "deepseek_r1")
+    ids = loaded.apply_chat_template([user(), assistant(ZERO)], return_dict=False)
+    assert all(ids.count(loaded.convert_tokens_to_ids(token)) == 1 for token in NEEDED_TOKENS["deepseek_r1"])
+    assert "<think>" in loaded.decode(ids, skip_special_tokens=True)  # answers are read from such text
+    check_training_template(loaded)
+    assert len(set_chat_template(trained, "deepseek_r1", add_tokens=True)) == len(trained)  # has them
 
 
 def test_check_training_template_names_what_is_wrong(trained):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import EOS, train_tokenizer
 from recipes import distill
 from recipes.checkpoint_files import find_problem, list_checkpoints
 from recipes.distill_config import DistillRecipeConfig
@@ -25,7 +25,7 @@ from recipes.logging_callbacks import read_metrics
 from recipes.pretrain_config import parse_config
 from tests.recipes.test_resume_stages import stopped_after
 from tests.recipes.tiny_ppo import one_thread  # noqa: F401  (a fixture)
-from tests.recipes.tiny_stages import differences, make_base, without_clocks
+from tests.recipes.tiny_stages import differences, make_base, tokenizer_without_marks, without_clocks
 
 CONFIGS = Path(distill.__file__).parent / "configs"
 DENSE = ("--student_config", json.dumps({
@@ -228,6 +228,35 @@ def test_another_vocabulary_is_explained_and_traces_still_work(base, stranger, t
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "yes").config.vocab_size == 320
 
 
+def test_a_student_without_the_template_s_tokens_gets_them(base, tmp_path, no_report):
+    folder = tokenizer_without_marks(tmp_path / "student", bos_token=EOS, pad_token=EOS)  # one token ends and pads
+    size = len(AutoTokenizer.from_pretrained(folder))
+    set_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True,
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    old = model.get_input_embeddings().weight.detach().clone()
+    start = arguments(base, "sft", tmp_path / "run", "--model_name_or_path", str(folder), "--chat_template",
+                      "deepseek_r1", "--max_length", "200", "--max_steps", "1", "--eval_strategy", "no")
+    with pytest.raises(ValueError, match="no tokens <think>.* set add_template_tokens=true"):
+        distill.main(start)
+    with pytest.raises(ValueError, match="lora_rank=2 leaves untrained"):
+        distill.main([*start, "--add_template_tokens", "true", "--lora_rank", "2"])
+    # Adam's first step moves a weight by the learning rate at most
+    distill.main([*start, "--add_template_tokens", "true", "--learning_rate", "1e-6"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    rows = student.get_input_embeddings().weight
+    assert len(tokenizer) == size + 4 and student.config.vocab_size == len(rows) == -(-len(tokenizer) // 64) * 64
+    assert student.lm_head.weight is rows
+    torch.testing.assert_close(rows[:size], old, rtol=0, atol=2e-6)
+    new = rows[size : len(tokenizer)]
+    assert 0.2 < (new.std() / old.std()).item() < 5  # drawn as the old ones, and neither zero nor wild
+    assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {tokenizer.convert_tokens_to_ids(EOS)}
+
+
 def test_an_embedding_that_is_too_small(base, stranger, tmp_path):
     shutil.copytree(stranger, tmp_path / "small")
     AutoTokenizer.from_pretrained(base / "model").save_pretrained(tmp_path / "small")
@@ -251,6 +280,8 @@ def test_an_embedding_that_is_too_small(base, stranger, tmp_path):
     (("--student_layers", "1", "--max_length", "400"), "max_length=400 exceeds the context"),
     ((*DENSE, *ON_POLICY), "has no column prompt, only"),
     ((*DENSE, *LOGITS, "--teacher_model_name_or_path", "runs/none"), "runs/none"),
+    ((*DENSE, "--add_template_tokens", "true", "--chat_template", "deepseek_r1"), "student_config uses the teacher's"),
+    (("--model_name_or_path", "x", "--add_template_tokens", "true"), "has no effect without chat_template"),
     ((*DENSE, "--progressive", "[{student_layers: 1}]"), "progressive=.* has no effect with method=traces"),
     ((*DENSE, "--max_length", "96", *TASKS, "--teacher_eval", "none.json"), "teacher_eval=none.json does not exist"),
 ])  # fmt: skip

@@ -6,10 +6,11 @@ import random
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import modeling_deepseek_r1  # noqa: F401  (registers the model type)
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import EOS, train_tokenizer
 from recipes import ppo, pretrain, reward, sft
 from recipes.logging_callbacks import METRICS_FILE, read_metrics
 from recipes.task_puzzles import PUZZLE_TASKS
@@ -56,6 +57,19 @@ def make_base(folder):
     config = CONFIG_MAPPING["deepseek_r1"](**(SIZES | special | {"vocab_size": 400, "max_position_embeddings": 256}))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def tokenizer_without_marks(folder, **special):
+    """A byte-level tokenizer as others ship it: none of R1's tokens. `special`: bos_token, pad_token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = ":\n<think>\n Assistant:\n<answer> 2 </answer></think>" * 9
+    backend.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=330, special_tokens=[EOS], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    ))  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, **special).save_pretrained(folder)
     return folder
 
 
