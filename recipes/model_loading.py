@@ -184,7 +184,8 @@ INIT_KWARGS = {
 def make_room(model, tokenizer, most):
     """Grows the embeddings to the tokenizer's size, as a multiple of 64 rows, where it has up to `most` tokens more.
 
-    New rows are drawn around the mean of the old ones; spare rows are used as they are.
+    New rows are drawn with the old ones' mean and spread: the library's, all but equal to the mean, have a cosine of
+    0.999 to each other after 36 steps, and </think> is never said. Spare rows are used as they are.
     Raises:
         ValueError: for more tokens than `most`: the tokenizer is another model's.
     """
@@ -192,7 +193,11 @@ def make_room(model, tokenizer, most):
     if len(tokenizer) > rows + most:
         check_vocabulary(tokenizer, model.config.get_text_config())
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_ROWS)
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_ROWS, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):  # tied: the same rows twice
+            old = layer.weight.detach()[:rows].float()
+            drawn = torch.randn_like(layer.weight[rows:], dtype=torch.float32) * old.std(0) + old.mean(0)
+            layer.weight.data[rows:] = drawn.to(layer.weight.dtype)
 
 
 def load_causal_lm(args, tokenizer, quantization_config=None, auto_class=AutoModelForCausalLM, **config_changes):
