@@ -279,7 +279,7 @@ def test_task_names_and_shares_of_difficulties():
 def test_sharded_parameters_are_refused(tokenizer, model):
     model.lm_head.weight.ds_id = 1  # what ZeRO-3 marks parameters with
     try:
-        with pytest.raises(ValueError, match="sharded"):
+        with pytest.raises(ValueError, match="spread over processes"):
             evaluate_tasks(model, tokenizer, settings_of(), progress=False)
     finally:
         del model.lm_head.weight.ds_id
