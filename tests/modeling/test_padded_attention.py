@@ -34,7 +34,7 @@ def test_cudnn_is_off_during_the_call_and_as_it_was_behind_it(masked, monkeypatc
         raise RuntimeError("stopped")
 
     monkeypatch.setattr(attention, "misses_masked_rows", lambda queries, mask: mask is not None)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa)
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda implementation, default: sdpa)
     layer = tiny_model(implementation="sdpa").model.layers[0].self_attn
     queries, values = torch.randn(1, 2, 3, layer.config.qk_head_dim), torch.randn(1, 2, 3, layer.config.v_head_dim)
     before = torch.backends.cuda.cudnn_sdp_enabled()
