@@ -24,6 +24,12 @@ class ParallelMixin:
 
     _sharded_here = False
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in the buckets that are averaged, not beside them: no copies there and back.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
         self._prepare_for_cut_rows()
