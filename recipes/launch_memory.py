@@ -130,8 +130,8 @@ def _activations(shape, layout, devices, work, tokens):
 
 
 def _gradient_bytes(shape, layout, devices, work):
-    """Of all parameters; none under DDP, whose buffers hold them. In one process those that bf16 products give stay bf16 where nothing is added to them
-    (recipes/optimizer_copies.py); embedding and head have theirs in fp32."""
+    """Of all parameters; none under DDP, whose buffers hold them. In one process those that bf16 products give stay
+    bf16 where nothing is added to them (recipes/optimizer_copies.py); embedding and head have theirs in fp32."""
     if layout.name == "one_gpu" and work.masters and not work.accumulates:
         return NARROW * (shape.total - shape.ends) + work.weight_bytes * shape.ends
     if layout.name == "ddp" and devices > 1:

@@ -53,6 +53,13 @@ class ParallelMixin:
         )  # fmt: skip
         return True
 
+    def reshard_model(self):
+        """Puts the sharded parameters back in place: a forward without a backward, such as a pre-flight's, leaves what
+        it has gathered for the head, and an optimizer made then would update that."""
+        for module in self.model.modules() if self._sharded_here else ():
+            if is_sharded(module):
+                module.reshard()
+
     def _prepare_for_cut_rows(self):
         """Under context parallelism attention has no masks, and no process sees the labels beyond its part of a row."""
         if self.get_cp_size() == 1 or not can_shard(self.model):

@@ -33,7 +33,7 @@ OPTIONS = {
     "sft": ("--packing", "false"),
     "traces": (*DISTILL, "--packing", "false"),
     "logits": (*DISTILL, "--packing", "false", "--method", "logits"),
-    "grpo": ("--num_generations", "4", "--preflight_prompts", "0", "--beta", "0.1", "--router_replay", "false"),
+    "grpo": ("--num_generations", "4", "--preflight_prompts", "4", "--beta", "0.1", "--router_replay", "false"),
     "ppo": ("--router_replay", "false", "--num_mini_batches", "1"),  # a mini-batch's rows are drawn by each process
 }
 CLOCKS = ("tok/s", "mfu", "seconds", "lr", "eta")
@@ -117,7 +117,8 @@ def test_two_processes_equal_one(base, alone, tmp_path, stage, layouts):
             for name, value in other.items():
                 if isinstance(value, str):
                     continue
-                assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (layout, mine["kind"], mine["step"], name)
+                where = (layout, mine["kind"], mine["step"], name)
+                assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), where
         assert (tmp_path / layout / "config.json").is_file() and (tmp_path / layout / "eval.json").is_file()
 
 
