@@ -316,7 +316,7 @@ def parse(argv=None):
     args.gpus = args.gpus or (2 if args.device == "cpu" else there)
     args.size = args.size or ("toy" if args.device == "cpu" else "reference")
     if not args.job and args.device == "cuda" and not 2 <= args.gpus <= there:
-        parser.error(f"--gpus {args.gpus}: this machine has {there} GPUs, and a case needs at least 2; try --device cpu")
+        parser.error(f"--gpus {args.gpus}: this machine has {there} GPUs, a case needs at least 2; try --device cpu")
     return args
 
 

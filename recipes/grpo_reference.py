@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from modeling_deepseek_r1.expert_parallel_state import gather_full_state_dict, load_full_state_dict, split_experts
 from recipes.rollout_checkpoints import loading_device
 
 REFERENCE_FILE = "reference.pt"
@@ -45,12 +46,17 @@ class ReferenceCheckpointMixin:
     reference_moved = False
 
     def _reference_state(self):
-        return self.accelerator.unwrap_model(self.ref_model).state_dict()
+        """The whole reference; where experts are split, all processes call it and the first alone gets it."""
+        reference = self.accelerator.unwrap_model(self.ref_model)
+        return gather_full_state_dict(reference) if split_experts(reference) else reference.state_dict()
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        if self.reference_moved and self.args.should_save:
-            torch.save(self._reference_state(), Path(output_dir) / REFERENCE_FILE)
+        if not self.reference_moved:
+            return
+        state = self._reference_state()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / REFERENCE_FILE)
 
     def rollout_state(self):
         return super().rollout_state() | {"reference_moved": self.reference_moved}
@@ -63,7 +69,7 @@ class ReferenceCheckpointMixin:
         if not path.is_file():
             raise ValueError(f"{path} is missing: the reference had moved when the checkpoint was saved; copy it too")
         state = torch.load(path, map_location=loading_device(self.args), weights_only=True)
-        self.accelerator.unwrap_model(self.ref_model).load_state_dict(state)
+        load_full_state_dict(self.accelerator.unwrap_model(self.ref_model), state)
 
     def load_rollout_state(self, state):
         super().load_rollout_state(state)

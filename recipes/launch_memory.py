@@ -5,7 +5,7 @@ Counted: parameters, gradients, optimizer states. Derived: activations, logits a
 
     one GPU, mixed precision   the 16-bit copies of all weights but the embedding, kept for the backward (and, but for
                                full checkpointing, for the next step)
-    ddp                        those, and a second copy of the gradients in the buckets that are averaged
+    ddp                        those, and the gradients, which lie in the buckets that are averaged all the time
     fsdp2                      two layers gathered in 16 bits, one layer's gradient, embedding and head with theirs
     fsdp2_ep                   the same of what is not an expert, the experts' 16-bit copies, the rows on their way
     zero2, zero3               DeepSpeed's buckets (its defaults) and, with zero3, its live parameters, at least a layer
@@ -129,11 +129,13 @@ def _activations(shape, layout, devices, work, tokens):
     return int(whole - tokens * cut * (1 - 1 / devices))
 
 
-def _gradient_bytes(shape, layout, work):
-    """Of all parameters. In one process those that bf16 products give stay bf16 where nothing is added to them
-    (recipes/optimizer_copies.py); embedding and head have theirs in fp32."""
+def _gradient_bytes(shape, layout, devices, work):
+    """Of all parameters; none under DDP, whose buffers hold them. In one process those that bf16 products give stay
+    bf16 where nothing is added to them (recipes/optimizer_copies.py); embedding and head have theirs in fp32."""
     if layout.name == "one_gpu" and work.masters and not work.accumulates:
         return NARROW * (shape.total - shape.ends) + work.weight_bytes * shape.ends
+    if layout.name == "ddp" and devices > 1:
+        return 0
     return work.weight_bytes * shape.total
 
 
@@ -144,7 +146,7 @@ def footprint(shape, layout, devices, work):
     width = work.weight_bytes
     parts = {
         "parameters": width * shape.total * shares["weights"],
-        "gradients": _gradient_bytes(shape, layout, work) * shares["gradients"],
+        "gradients": _gradient_bytes(shape, layout, devices, work) * shares["gradients"],
         "optimizer states": 2 * width * shape.total * shares["optimizer"],
         "weights' average": 4 * shape.total * shares["weights"] if work.averages else 0,
     }

@@ -349,6 +349,7 @@ class OptimizerMixin:
     """
 
     def create_optimizer(self, model=None):
+        self.reshard_model()
         kind = getattr(self.args, "optimizer", "torch")
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self._sharded_here
         if kind == "auto":

@@ -24,6 +24,12 @@ class ParallelMixin:
 
     _sharded_here = False
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in the buckets that are averaged, not beside them: no copies there and back.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
     def shard_model(self):
         """Shards our models by FSDP2 where the launch file asks for it; others are left to accelerate."""
         self._prepare_for_cut_rows()
@@ -46,6 +52,13 @@ class ParallelMixin:
             mesh=None if mesh is None else mesh[tuple(parallelism.fsdp_dim_names)],
         )  # fmt: skip
         return True
+
+    def reshard_model(self):
+        """Puts the sharded parameters back in place: a forward without a backward, such as a pre-flight's, leaves what
+        it has gathered for the head, and an optimizer made then would update that."""
+        for module in self.model.modules() if self._sharded_here else ():
+            if is_sharded(module):
+                module.reshard()
 
     def _prepare_for_cut_rows(self):
         """Under context parallelism attention has no masks, and no process sees the labels beyond its part of a row."""

@@ -14,6 +14,9 @@ from trl.trainer.utils import (
     get_config_model_id,
 )
 
+from modeling_deepseek_r1.expert_parallel import parallelise_experts
+from modeling_deepseek_r1.expert_parallel_state import expert_parameters
+from modeling_deepseek_r1.moe import DeepSeekR1MoE
 from recipes.callbacks import ExpertBalanceCallback, balanced_model, leave_to_each_process
 from recipes.reward_functions import ModelReward, checked
 from recipes.reward_scoring import load_reward_model
@@ -40,6 +43,13 @@ def load_causal_lm(path, args, **defaults):
     return create_model_from_path(path, **kwargs)
 
 
+def share_experts(model, policy):
+    """Splits the experts of `model`, if it has some, over the processes that share those of `policy`, if any do."""
+    split = next(iter(expert_parameters(policy)), None)
+    if split is not None and any(isinstance(module, DeepSeekR1MoE) for module in model.modules()):
+        parallelise_experts(model, split.expert_parallel_group, split.expert_replica_group)
+
+
 def build_reference(model, ref_model, args, adapted, wanted):
     """The frozen model that KL is measured against, or None where it is not needed: without KL, or with PEFT, where
     the base without its adapter takes the place.
@@ -57,6 +67,7 @@ def build_reference(model, ref_model, args, adapted, wanted):
         ref_model = copy.deepcopy(model)
     elif isinstance(ref_model, str):
         ref_model = load_named("ref_model", ref_model, lambda path: load_causal_lm(path, args, dtype=model.dtype))
+        share_experts(ref_model, model)
     if ref_model is model:
         raise ValueError("ref_model is the policy itself: KL would be 0; leave it out, and a copy is made")
     policy, reference = (each.config.get_text_config().vocab_size for each in (model, ref_model))

@@ -1,20 +1,21 @@
 """The recipes' trainer under every layout against one process: losses, gradients, norms, loads, evaluation, weights."""
 
 import os
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_r1.expert_parallel import is_expert_parallel
 from modeling_deepseek_r1.expert_parallel_state import gather_full_state_dict
 from modeling_deepseek_r1.fused import set_fused_kernels
 from recipes.logging_callbacks import read_metrics
-from recipes.model_loading import spread
+from recipes.model_loading import check_spread, spread
 from recipes.packed_rows import PackedRows
 from tests.recipes.processes import FSDP, run_ranks
 from tests.recipes.test_row_order import stop_after
@@ -134,9 +135,25 @@ def expect(folder):
     run_ranks(1, lambda rank: torch.save(run(f"{folder}/one"), f"{folder}/expected.pt"), f"{folder}/logs_one")
 
 
-def test_two_processes_equal_one_under_every_layout(tmp_path):
+@pytest.mark.parametrize("name, size, changes, message", [
+    ("expert_parallel_size", 4, {"n_routed_experts": 6}, r"must divide n_routed_experts=6; use one of \[1, 2\] on 8"),
+    ("expert_parallel_size", 2, {"n_routed_experts": None}, "must divide n_routed_experts=None; use 1 on 8"),
+    ("tensor_parallel_size", 4, {"num_attention_heads": 4, "intermediate_size": 6}, "intermediate_size=6; use one of"),
+])  # fmt: skip
+def test_sizes_that_the_model_cannot_be_divided_by(name, size, changes, message):
+    config = CONFIG_MAPPING["deepseek_r1"](**(SIZES | changes))
+    args = SimpleNamespace(world_size=8, **{name: size})
+    with pytest.raises(ValueError, match=f"{name}={size} .*{message}"):
+        check_spread(args, config)
+    config.model_type = "llama"
+    with pytest.raises(ValueError, match=f"{name}={size} is for DeepSeek models, this is a llama"):
+        check_spread(args, config)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Those that no other test of seconds looks at; the others are in the slow one below."""
     expect(tmp_path)
-    run_ranks(2, lambda rank: compare(tmp_path, LAYOUTS), tmp_path / "logs")
+    run_ranks(2, lambda rank: compare(tmp_path, ("ep", "fsdp x ep", "tp")), tmp_path / "logs")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Slow, all of it. What each stage does on two processes under DDP is looked at mo
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ OPTIONS = {
     "sft": ("--packing", "false"),
     "traces": (*DISTILL, "--packing", "false"),
     "logits": (*DISTILL, "--packing", "false", "--method", "logits"),
-    "grpo": ("--num_generations", "4", "--preflight_prompts", "0", "--beta", "0.1", "--router_replay", "false"),
+    "grpo": ("--num_generations", "4", "--preflight_prompts", "4", "--beta", "0.1", "--router_replay", "false"),
     "ppo": ("--router_replay", "false", "--num_mini_batches", "1"),  # a mini-batch's rows are drawn by each process
 }
 CLOCKS = ("tok/s", "mfu", "seconds", "lr", "eta")
@@ -72,12 +73,12 @@ def scripted(trainer, prompt_ids, *args, **kwargs):
     return completions, None
 
 
-def run(base, stage, folder, world, layout="ddp"):
+def run(base, stage, folder, world, layout="ddp", *options):
     environment, more = LAYOUTS[layout]
 
     def work(rank):
         trl.GRPOTrainer._generate_single_turn = scripted
-        recipe, given = command(base, stage, folder, world, *more)
+        recipe, given = command(base, stage, folder, world, *more, *options)
         recipe.main(given)
 
     run_ranks(world, work, folder.parent / f"logs {folder.name}", environment, timeout_s=240)
@@ -117,8 +118,28 @@ def test_two_processes_equal_one(base, alone, tmp_path, stage, layouts):
             for name, value in other.items():
                 if isinstance(value, str):
                     continue
-                assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (layout, mine["kind"], mine["step"], name)
+                where = (layout, mine["kind"], mine["step"], name)
+                assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), where
         assert (tmp_path / layout / "config.json").is_file() and (tmp_path / layout / "eval.json").is_file()
+
+
+def test_a_reference_with_split_experts_follows_the_policy(base, tmp_path):
+    """Loaded by name, moved at each step, kept whole by checkpoints and taken up from them."""
+    follow = ("--beta", "0.5", "--sync_ref_model", "true", "--ref_model_sync_steps", "1", "--ref_model_mixup_alpha",
+              "0.5", "--ref_model_name_or_path", str(base / "model"), "--save_only_model", "false")  # fmt: skip
+    one = run(base, "grpo", tmp_path / "one", 1, "ddp", *follow)
+    two = run(base, "grpo", tmp_path / "two", 2, "ep", *follow)
+    kl = [record["kl"] for record in one if record["kind"] == "train"]
+    assert kl[0] == 0 and min(kl[1:]) > 0
+    assert [record["kl"] for record in two if record["kind"] == "train"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+    files = [torch.load(tmp_path / name / "checkpoint-2/reference.pt") for name in ("one", "two")]
+    torch.testing.assert_close(*files, rtol=1e-3, atol=2e-5)  # a step moves weights by 5e-3
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "two", again, ignore=shutil.ignore_patterns("checkpoint-3", "metrics.jsonl"))
+    found = run(base, "grpo", again, 2, "ep", *follow, "--resume_from_checkpoint", "true")
+    last = [record for record in found if record["kind"] == "train"]
+    assert [record["step"] for record in last] == [3] and last[0]["kl"] == pytest.approx(kl[2], rel=1e-3, abs=1e-7)
 
 
 def test_what_a_stage_cannot_do_is_said_before_it_starts(base, tmp_path):
