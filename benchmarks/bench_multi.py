@@ -2,16 +2,18 @@
 
     python benchmarks/bench_multi.py                                   every case at the reference config (two H100)
     python benchmarks/bench_multi.py --cases ours-fsdp2_ep-fp32 library-fsdp2_ep-fp32
+    python benchmarks/bench_multi.py --cases ours-ddp-bf16 --profile   where a case's step goes, on its first process
     python benchmarks/bench_multi.py --device cpu --size toy           two gloo processes, to try it out
 
 Cases are named <who>-<layout>-<weights>. ours: the parts that the recipes put together (recipes/sharding.py, expert
 parallelism, AdamW that clips inside its update, the bias update); library: transformers' DeepseekV3 with grouped_mm
 experts, sdpa and torch's fused AdamW, without clipping, spread by its own DistributedConfig or torch's DDP. alone: one
-process a GPU, which knows nothing of the others; ddp; fsdp2; fsdp2_ep: FSDP2 with experts over all GPUs. bf16: bf16
-weights and states; fp32: fp32 masters, bf16 compute. Rows are random tokens, others on each GPU; routing is real.
+process a GPU, which knows nothing of the others; ddp; fsdp2; fsdp2_kept: its weights stay gathered until the backward;
+fsdp2_ep: FSDP2 with experts over all GPUs. bf16: bf16 weights and states; fp32: fp32 masters, bf16 compute. Rows are random tokens, others on each GPU; routing is real.
 
 Prints a JSON line a case as soon as it is there, and a table: tokens/s of all GPUs together by the slowest process'
-median step, the share of as many GPUs alone, the largest peak of memory. An error is a result and stops no other case.
+median step, the share of as many GPUs alone, the largest peak of memory; host: what launching a step takes. An error
+is a result and stops no other case.
 """
 
 import argparse
@@ -39,16 +41,17 @@ from benchmarks.train_cases import (  # noqa: E402
     time_steps,
     token_batches,
 )
+from benchmarks.train_profile import profile_steps, profile_table  # noqa: E402
 
 CASES = (
     "ours-alone-bf16", "ours-alone-fp32", "library-alone-bf16", "library-alone-fp32", "ours-ddp-bf16",
     "library-ddp-bf16", "ours-fsdp2-fp32", "library-fsdp2-fp32", "ours-fsdp2_ep-fp32", "library-fsdp2_ep-fp32",
 )  # fmt: skip
-FURTHER = ("ours-ddp-fp32", "ours-ddp_ep-bf16", "ours-fsdp2_ep-bf16", "library-ddp-fp32")
+FURTHER = ("ours-fsdp2_kept-fp32", "ours-ddp-fp32", "ours-ddp_ep-bf16", "ours-fsdp2_ep-bf16", "library-ddp-fp32")
 COLUMNS = (
     ("tokens_per_second", "tokens/s", 9, ","), ("share_percent", "of alone %", 10, ".1f"),
-    ("step_ms", "step ms", 8, ".1f"), ("step_ms_90", "90 %", 8, ".1f"), ("peak_gib", "peak GiB", 8, ".1f"),
-    ("first_step_s", "1st step s", 10, ".1f"), ("seconds", "in all s", 8, ".0f"), ("loss", "loss", 7, ".3f"),
+    ("step_ms", "step ms", 8, ".1f"), ("step_ms_90", "90 %", 8, ".1f"), ("host_ms", "host ms", 8, ".1f"),
+    ("peak_gib", "peak GiB", 8, ".1f"), ("first_step_s", "1st step s", 10, ".1f"), ("seconds", "in all s", 8, ".0f"), ("loss", "loss", 7, ".3f"),
 )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def our_step(job):
     mixed = job["weights"] == "fp32" and job["device"] == "cuda"
     sharded = layout.startswith("fsdp2")
     if sharded:
-        shard(model, device_of(job), torch.bfloat16 if mixed else None)
+        shard(model, device_of(job), torch.bfloat16 if mixed else None, reshard_after_forward=layout != "fsdp2_kept")
     forward, optimizer = in_ddp(job, model), FusedAdamW(model.parameters(), lr=1e-4)
     autocast = torch.autocast(job["device"], torch.bfloat16, enabled=mixed and not sharded)
 
@@ -159,14 +162,27 @@ def enter_group(job):
     return rank
 
 
+def host_milliseconds(job, step, batches, steps=5):
+    """Median time in which a step is launched while the device has nothing else to do."""
+    found = []
+    for index in range(steps):
+        synchronize(job["device"])
+        began = time.perf_counter()
+        step(batches[index % len(batches)])
+        found.append((time.perf_counter() - began) * 1e3)
+    synchronize(job["device"])
+    return statistics.median(found)
+
+
 def measure(job):
     """The case's figures, on every process of the group."""
     rank, world = enter_group(job), int(os.environ.get("WORLD_SIZE", "1"))
     step, batches = {"ours": our_step, "library": library_step}[job["who"]](job), token_batches(job | {"seed": rank})
     synchronize(job["device"])
     milliseconds, first = time_steps(job, step, batches)
-    loss = float(step(batches[0]))
-    own = {"milliseconds": milliseconds, "first": first, "loss": loss, **memory_figures(job)}
+    loss, host = float(step(batches[0])), host_milliseconds(job, step, batches)
+    own = {"milliseconds": milliseconds, "first": first, "loss": loss, "host": host, **memory_figures(job)}
+    profile = profile_steps(job, step, batches) if job["profile"] else {}
     found = [None] * world
     if world > 1:
         dist.all_gather_object(found, own)
@@ -180,6 +196,7 @@ def measure(job):
         "step_ms": round(median, 2), "step_ms_10": round(deciles[0], 2), "step_ms_90": round(deciles[-1], 2),
         "first_step_s": round(max(each["first"] for each in found), 2),
         "loss": round(statistics.mean(each["loss"] for each in found), 4),
+        "host_ms": round(max(each["host"] for each in found), 2), **profile,
     }  # fmt: skip
     for name in ("peak_gib", "reserved_gib"):
         if name in own:
@@ -309,6 +326,7 @@ def parse(argv=None):
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one case")
     parser.add_argument("--deadline", type=float, default=240, help="seconds after which no case is started")
+    parser.add_argument("--profile", action="store_true", help="also the device's time by kind of kernel")
     parser.add_argument("--output", help="file for the JSON lines")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -328,7 +346,7 @@ def make_jobs(args):
         jobs.append({
             "case": case, "who": who, "layout": layout, "weights": weights, "device": args.device, "fields": fields,
             "batch": args.batch or batch, "length": args.length or length, "steps": args.steps,
-            "warmup": args.warmup, "gpus": args.gpus,
+            "warmup": args.warmup, "gpus": args.gpus, "profile": args.profile,
         })  # fmt: skip
     return jobs
 
@@ -339,6 +357,9 @@ def main(argv=None):
         return work(args.job)
     lines = run_cases(make_jobs(args), args)
     print("\n" + table(lines))
+    for line in lines:
+        if "kinds_ms" in line:
+            print("\n" + profile_table(line))
     return lines
 
 

@@ -32,11 +32,12 @@ KINDS = (
     ("dense matmul", r"gemm|nvjet|cutlass|splitk|cublas|matmul|aten::mm|aten::addmm|aten::bmm|aten::linear|gemv"),
     ("copies and elementwise", r"elementwise|copy|cat|reduce|fill|aten::|embedding|vectorized|arange|silu"),
 )  # fmt: skip
+COMMUNICATION = "communication"
 # cuDNN's and CUTLASS's attention and matmul names are long: they hold words that mean other kinds elsewhere.
-CERTAIN = (("fused by the compiler", r"^triton_"),
+CERTAIN = (("fused by the compiler", r"^triton_"), (COMMUNICATION, r"^nccl|^c10d::"),
            ("attention", r"^cudnn_generated.*sdpa|^void cudnn::fusion|^fmha_|flash_(fwd|bwd)|_scaled_dot_product"),
            ("dense matmul", r"^nvjet|^aten::(mm|addmm|bmm)$"))  # fmt: skip
-RANGES = ("Optimizer.", "## Call", "Torch-Compiled", "ProfilerStep")  # not kernels
+RANGES = ("Optimizer.", "## Call", "Torch-Compiled", "ProfilerStep", "FSDP::", "nccl:")  # not kernels
 TOP = 25
 
 
@@ -46,7 +47,8 @@ def own_kernels():
     kinds = {}
     for path, kind in OWN_FILES.items():
         source = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
-        kinds |= {name: OWN_NAMES.get(name, kind) for name in re.findall(r"@triton\.jit(?:\(.*\))?\s+def (\w+)", source)}
+        names = re.findall(r"@triton\.jit(?:\(.*\))?\s+def (\w+)", source)
+        kinds |= {name: OWN_NAMES.get(name, kind) for name in names}
     return kinds
 
 
@@ -72,17 +74,20 @@ def busy_and_span(intervals):
 
 
 def summarise(kernels, steps):
-    """[(name, start us, end us)] of `steps` steps -> figures per step: kinds, idle, longest kernels."""
+    """[(name, start us, end us)] of `steps` steps -> figures per step: kinds, idle, longest kernels; exposed: time in
+    which nothing but communication ran."""
     kinds, names = {}, {}
     for name, start, end in kernels:
         for table, key in ((kinds, kind_of(name)), (names, name)):
             count, total = table.get(key, (0, 0.0))
             table[key] = (count + 1, total + end - start)
     busy, span = busy_and_span([(start, end) for _, start, end in kernels])
+    computing, _ = busy_and_span([(start, end) for name, start, end in kernels if kind_of(name) != COMMUNICATION])
     ordered = lambda table: sorted(table.items(), key=lambda item: -item[1][1])
     return {
         "span_ms": round(span / steps / 1e3, 3), "busy_ms": round(busy / steps / 1e3, 3),
         "idle_ms": round((span - busy) / steps / 1e3, 3), "launches": round(len(kernels) / steps),
+        "exposed_ms": round((busy - computing) / steps / 1e3, 3),
         "kinds_ms": {kind: round(total / steps / 1e3, 3) for kind, (_, total) in ordered(kinds)},
         "kinds_launches": {kind: round(count / steps) for kind, (count, _) in ordered(kinds)},
         "top": [{"kernel": name[:160], "kind": kind_of(name), "count": round(count / steps, 1),
@@ -105,12 +110,8 @@ def recorded_kernels(profiler, device):
     return kernels
 
 
-def measure_profile(job, steps=3):
-    """One line: a bare step of the job's variant under torch.profiler, after warm-up."""
-    model = build_model(job)
-    step, batches = BareStep(job, model), token_batches(job)
-    for index in range(job["warmup"]):
-        step(batches[index % len(batches)])
+def profile_steps(job, step, batches, steps=3):
+    """Figures of `steps` calls of step(ids) under torch.profiler, on this process."""
     synchronize(job["device"])
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if job["device"] == "cuda" else activity.CPU]) as profiler:
@@ -120,10 +121,20 @@ def measure_profile(job, steps=3):
     return summarise(recorded_kernels(profiler, job["device"]), steps)
 
 
+def measure_profile(job):
+    """One line: a bare step of the job's variant under torch.profiler, after warm-up."""
+    model = build_model(job)
+    step, batches = BareStep(job, model), token_batches(job)
+    for index in range(job["warmup"]):
+        step(batches[index % len(batches)])
+    return profile_steps(job, step, batches)
+
+
 def profile_table(line):
     """The breakdown of one line as text."""
-    rows = [f"{line['variant']}: {line['span_ms']} ms a step on the device, {line['launches']} launches, "
-            f"{line['idle_ms']} ms of it between kernels"]  # fmt: skip
+    rows = [f"{line.get('variant') or line['case']}: {line['span_ms']} ms a step on the device, {line['launches']} "
+            f"launches, {line['idle_ms']} ms of it between kernels, {line['exposed_ms']} in which communication ran "
+            "alone"]  # fmt: skip
     for kind, milliseconds in line["kinds_ms"].items():
         rows.append(f"{milliseconds:9.2f} ms {line['kinds_launches'][kind]:6}x  {kind}")
     rows += ["", f"longest {TOP} kernels"]
