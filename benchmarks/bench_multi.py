@@ -127,7 +127,7 @@ def our_step(job):
     if layout == "alone":
         return BareStep(job | {"variant": f"bare-{job['weights']}-fused"}, model)
     if layout.endswith("_ep"):
-        parallelise_experts(model, *expert_groups())
+        parallelise_experts(model, *expert_groups(), equal_rows=True)  # as recipes/pretrain.py
     mixed = job["weights"] == "fp32" and job["device"] == "cuda"
     sharded = layout.startswith("fsdp2")
     if sharded:

@@ -4,14 +4,17 @@ Every process has a batch of its own. A token's row goes once to each process th
 per expert), with its gate values; there the experts run as if nothing were split, their weighted sum goes back, and the
 sums of all processes are added up. No token is dropped and no capacity is set: loads may be as uneven as they come.
 While rows and gate values are on their way the shared experts run, and their backward while the gradients are.
-How many rows come is known only by the sender, so that each layer waits once for the device, for 4 W numbers.
+How many rows come is known only by the sender, so that each layer waits once for the device, for 4 W numbers. Where two
+processes share the experts and have equally many tokens (`equal_rows`), every token goes to both, and nobody waits:
+of 6 choices among 64 experts, 98 % of the tokens have one on either side, so hardly more travels. What is allocated for
+rows by expert is then enough for any routing, twice the mean; what no pair needs is not computed.
 
 Source: GShard (arXiv:2006.16668), Sec. 3.2, without its capacity; a row once per destination: DeepSeek-V3
 (arXiv:2412.19437), Sec. 3.2.2.
 
 Gradients. A process' experts receive those of all W losses, summed; other parameters those of their own process' loss.
-The loss of a step is the mean of the processes' losses, as under DDP: expert gradients are multiplied by 1 / W where
-they arrive, the others are averaged by DDP, FSDP or `reduce_dense_gradients`. Then all equal one process' gradients on
+The loss of a step is the mean of the processes' losses, as under DDP: what experts receive is multiplied by 1 / W on its
+way to them, and by W on its way on, the others are averaged by DDP, FSDP or `reduce_dense_gradients`. Then all equal one process' gradients on
 the joined batch, if each loss is a mean over equally many tokens or, as in trainers, a sum over the joined number / W.
 
 What transformers 5.23 has: `DistributedConfig(fsdp_size=W, ep_size=W)`, an all-to-all too, with equal gradients on
@@ -33,6 +36,8 @@ All processes must run the same layers equally often, in evaluation and generati
 """
 
 import copy
+import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +64,7 @@ class Route:
     place; ends (W,) int32 ends of the processes' runs. `sent`, `received`: rows to and from each process; `pairs`:
     (token, choice) pairs of this process' experts among those received.
 
+    `scale`: factor on the experts' gradients, a power of two, so that undoing it is exact.
     `pending`: the exchanges under way, each with the tensor that is being read until it ends; `gradients`: of what was
     sent, on their way back, from `_Arrive` to `_Dispatch`.
     """
@@ -70,6 +76,7 @@ class Route:
     sent: list
     received: list
     pairs: int | None = None
+    scale: float = 1.0
     pending: list = field(default_factory=list)
     gradients: tuple = ()
 
@@ -106,6 +113,23 @@ def plan_route(owners, group):
     return Route(group, order[: sum(sent)], back.view(-1, size), ends, sent, received, sum(pairs))
 
 
+@functools.lru_cache(maxsize=8)
+def _everywhere(tokens, size, device):
+    """order, back and ends of a route on which every token goes to every process."""
+    back = torch.arange(size * tokens, dtype=torch.int32, device=device).view(size, tokens)
+    entries = torch.arange(size * tokens, dtype=torch.int32, device=device).view(tokens, size)
+    return entries.t().flatten(), back.t().contiguous(), back[:, -1] + 1
+
+
+def plan_route_everywhere(owners, group, experts):
+    """As `plan_route` where each process has as many tokens as this one, of whose choices at most `experts`, those that
+    it has, are its own. Waits for nobody."""
+    (tokens, choices), size = owners.shape, dist.get_world_size(group)
+    order, back, ends = _everywhere(tokens, size, owners.device)
+    rows = [tokens] * size
+    return Route(group, order, back, ends, rows, rows, size * tokens * min(choices, experts))
+
+
 def _take_rows(source, route, dtype):
     """source (T, D) -> the rows to send (S, D)."""
     size = route.back.shape[1]
@@ -130,6 +154,10 @@ def _add_rows(rows, route, dtype, residual=None, shared=None):
     for part in parts:
         total = total + part.float()
     return total.to(dtype)
+
+
+def _scaled(tensor, factor):
+    return tensor if factor == 1.0 else tensor * factor
 
 
 class _Dispatch(torch.autograd.Function):
@@ -157,11 +185,12 @@ class _Dispatch(torch.autograd.Function):
         hidden_dtype, weights_dtype = ctx.dtypes
         grad_hidden = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = _add_rows(grad_rows, route, hidden_dtype)
+            grad_hidden = _scaled(_add_rows(grad_rows, route, hidden_dtype), 1.0 / route.scale)
         # A gate value acts only where its expert is: one row of gradients holds it, nothing is summed.
         places = route.back.gather(1, owners).long()
         choice = torch.arange(owners.shape[1], device=owners.device)
-        return grad_hidden, grad_weights[places, choice].to(weights_dtype), None, None, None, None
+        grad_weights = _scaled(grad_weights[places, choice].to(weights_dtype), 1.0 / route.scale)
+        return grad_hidden, grad_weights, None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -213,7 +242,8 @@ class _Combine(torch.autograd.Function):
         narrow = grad.to(ctx.dtype)
         added = [(narrow if dtype == ctx.dtype else grad.to(dtype)) if wanted else None
                  for wanted, dtype in zip(ctx.needs_input_grad[3:], ctx.added_dtypes)]  # fmt: skip
-        return ctx.route.exchange(_take_rows(narrow, ctx.route, ctx.dtype)), None, None, *added
+        rows = _take_rows(_scaled(narrow, ctx.route.scale), ctx.route, ctx.dtype)
+        return ctx.route.exchange(rows), None, None, *added
 
 
 # ---- the modules ---------------------------------------------------------------------------------------------------
@@ -230,7 +260,11 @@ class ExpertParallelExperts(DeepSeekR1Experts):
         """Starts the exchange -> what `combine` needs."""
         dtype = compute_dtype(hidden_states)
         owners = top_k_index.long() // self.num_experts
-        route = plan_route(owners, self.expert_parallel_group)
+        if self.equal_rows and self.training and owners.shape[0]:
+            route = plan_route_everywhere(owners, self.expert_parallel_group, self.num_experts)
+        else:
+            route = plan_route(owners, self.expert_parallel_group)
+        route.scale = self.gradient_scale
         return route, *_Dispatch.apply(hidden_states, top_k_weights, top_k_index, owners, route, dtype)
 
     def combine(self, flight, dtype, residual=None, shared=None, recompute=False):
@@ -329,7 +363,7 @@ def _divisors(number):
 
 
 @torch.no_grad()
-def parallelise_experts(model, group=None, replicas=None, gradient_scale=None):
+def parallelise_experts(model, group=None, replicas=None, gradient_scale=None, equal_rows=False):
     """Leaves each process its share of every layer's experts, in place, and lets tokens travel; returns `model`.
 
     Every process gives the same whole model (the same seed or checkpoint), rank i of `group` keeps the i-th of W equal
@@ -340,6 +374,9 @@ def parallelise_experts(model, group=None, replicas=None, gradient_scale=None):
     Args:
         group, replicas: as from `expert_groups`, which is called without arguments if group is None.
         gradient_scale: factor on the expert gradients; None: 1 / W, what a mean over processes needs (see above).
+        equal_rows: promises that in training all processes pass equally many tokens in each forward, as with packed
+            rows of one length. Then two processes exchange them without waiting for the device; more of them ignore
+            it, as room for any routing would take W times the memory.
     Raises:
         ValueError: if there is no process group, W does not divide the experts, or the experts are not this package's
             own, whole and unwrapped: adapters, quantisation, other sharding, or split already.
@@ -356,6 +393,7 @@ def parallelise_experts(model, group=None, replicas=None, gradient_scale=None):
         _check_experts(name, layer, size)
     for layer in layers.values():
         _split_experts(layer, group, replicas, size, rank, 1.0 / size if gradient_scale is None else gradient_scale)
+        layer.experts.equal_rows = equal_rows and size == 2
     for module in model.modules():  # whichever of them a trainer hands to DDP
         ignored = [name for name, parameter in module.named_parameters() if is_expert_parallel(parameter)]
         if ignored and (module is model or hasattr(module, "_ddp_params_and_buffers_to_ignore")):
@@ -385,11 +423,12 @@ def _check_experts(name, layer, size):
 
 def _split_experts(layer, group, replicas, size, rank, scale):
     experts = layer.experts
-    local = experts.num_experts // size
+    local, exact = experts.num_experts // size, abs(math.frexp(scale)[0]) == 0.5  # a power of two
+    experts.gradient_scale = scale if exact else 1.0
     for kind in KINDS:
         whole = getattr(experts, kind)
         part = nn.Parameter(whole.data[rank * local : (rank + 1) * local].clone(), requires_grad=whole.requires_grad)
-        setattr(experts, kind, _marked(part, group, replicas, whole.shape, scale))
+        setattr(experts, kind, _marked(part, group, replicas, whole.shape, 1.0 if exact else scale))
     experts.global_num_experts, experts.first_expert, experts.num_experts = experts.num_experts, rank * local, local
     experts.expert_parallel_group = group
     experts._is_expert_parallel = size > 1  # the library's mark: indices may be another process' experts
@@ -397,7 +436,7 @@ def _split_experts(layer, group, replicas, size, rank, scale):
 
 
 def _marked(part, group, replicas, shape, scale):
-    """`part` with what tells it from a whole parameter, and its gradient times `scale`."""
+    """`part` with what tells it from a whole parameter, and its gradient times `scale`, in a pass of its own."""
     part.expert_parallel_group, part.expert_replica_group, part.global_shape = group, replicas, shape
     part.expert_gradient_scale = scale
     if part.requires_grad and scale != 1.0:

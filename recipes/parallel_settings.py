@@ -49,6 +49,8 @@ class ParallelSettings:
 
     # Those of the sizes that the stage can do with; others are refused.
     spreads = ("expert_parallel_size", "tensor_parallel_size")
+    # Whether all processes have equally many tokens in every micro-batch of training.
+    equal_rows = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -84,6 +84,8 @@ class PretrainConfig(DistributedSettings, ParallelSettings, OptimizerSettings, R
         0.2, "Share of the device's peak that --dry_run assumes (transformers' own DeepseekV3, bf16, H100: 0.20)."
     )
 
+    equal_rows = True  # rows are packed to one length, and accelerate fills up the last batch
+
     def __post_init__(self):
         self.remove_unused_columns = False  # the collator needs the columns that the model does not
         super().__post_init__()

@@ -224,7 +224,8 @@ def test_models_are_copied_and_saved_without(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     for other in (again, loaded):
-        assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), other.parameters()))
+        pairs = list(zip(model.parameters(), other.parameters()))
+        assert all(torch.equal(p.cpu(), q.cpu()) and p.dtype == q.dtype for p, q in pairs)
 
 
 def test_gradients_of_gradients():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
+from modeling_deepseek_r1 import DeepSeekR1ForCausalLM, expert_parallel
 from modeling_deepseek_r1.checkpoint_files import weight_files
 from modeling_deepseek_r1.expert_parallel import (
     Route,
@@ -79,10 +79,10 @@ def step(model, ids, split=True):
     return mean
 
 
-def equal_over_steps(expert_ranks=None, **changes):
+def equal_over_steps(expert_ranks=None, equal_rows=False, **changes):
     """Loss, every gradient, the norm, and after 3 clipped AdamW steps parameters, counts and biases."""
     whole = whole_model(**changes)
-    model = parallelise_experts(copy.deepcopy(whole), *expert_groups(expert_ranks))
+    model = parallelise_experts(copy.deepcopy(whole), *expert_groups(expert_ranks), equal_rows=equal_rows)
     optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1) for part in (model, whole)]
     for number in range(3):
         joined, mine = batches(number)
@@ -109,6 +109,32 @@ def equal_over_steps(expert_ranks=None, **changes):
 
 def check_grouped(folder):
     equal_over_steps()
+
+
+def check_equal_rows(folder):
+    """Every token to both processes: the same numbers without asking how many rows come; in evaluation it asks."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_parallel, "plan_route", lambda *args: asked.append(args) or plan_route(*args))
+        model = equal_over_steps(equal_rows=True, experts="grouped_mm")
+        equal_over_steps(equal_rows=True, experts="eager")
+        for spread in ("first", "one", "random"):
+            uneven_layer("grouped_mm", [5, 5], spread, equal_rows=True)
+        assert not asked
+        model.eval()(input_ids=batches()[1])
+        assert asked
+
+
+def check_gradient_scale(folder):
+    """A power of two is a factor on the way to the experts and taken back after them, another one that of a hook."""
+    found = []
+    for scale in (0.25, 0.3):
+        model = parallelise_experts(whole_model(), gradient_scale=scale)
+        mine = batches()[1]
+        model(input_ids=mine, labels=mine).loss.backward()
+        found.append({name: p.grad / (scale if is_expert_parallel(p) else 1.0) for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        close(gradient, found[1][name])
 
 
 def check_eager_without_fused_functions(folder):
@@ -171,7 +197,7 @@ def check_fsdp(folder):
     assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items() if dist.get_rank() == 0)
 
 
-def uneven_layer(experts, tokens, spread, dtype=torch.float32):
+def uneven_layer(experts, tokens, spread, dtype=torch.float32, equal_rows=False):
     """A layer's output and gradients, split and whole, for `tokens[rank]` tokens with choices as `spread` says."""
     config = tiny_config(n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1)
     config._experts_implementation = experts
@@ -180,7 +206,7 @@ def uneven_layer(experts, tokens, spread, dtype=torch.float32):
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     whole = whole.to(dtype)
-    split = parallelise_experts(copy.deepcopy(torch.nn.ModuleList([whole])))[0]
+    split = parallelise_experts(copy.deepcopy(torch.nn.ModuleList([whole])), equal_rows=equal_rows)[0]
     rank, total = dist.get_rank(), sum(tokens)
     states = torch.randn(total, config.hidden_size)
     weights = torch.rand(total, 2)
@@ -377,12 +403,14 @@ def check_kernels(folder):
     computed = torch.tensor([order for order, _ in split])
     dist.all_reduce(computed)
     assert len(split) == 2 and computed.tolist() == [2 * 13] * 2 and split[1][0] < split[1][1]
+    uneven_layer("grouped_mm", [6, 6], "random", torch.bfloat16, equal_rows=True)
+    assert seen[-1] == (24, 24)  # room for all choices of both
     set_fused_kernels(before)
 
 
 TWO = [
-    check_a_token_goes_once_to_a_process, check_refusals, check_uneven_loads, check_grouped,
-    check_eager_without_fused_functions, check_checkpointing, check_one_layer_under_checkpoint, check_ddp, check_fsdp,
+    check_a_token_goes_once_to_a_process, check_refusals, check_uneven_loads, check_grouped, check_equal_rows,
+    check_gradient_scale, check_eager_without_fused_functions, check_checkpointing, check_one_layer_under_checkpoint, check_ddp, check_fsdp,
     check_shared_experts_overlap, check_bfloat16, check_frozen_parts, check_evaluation_and_generation,
     check_checkpoints, check_copies,
 ]  # fmt: skip

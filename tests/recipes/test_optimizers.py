@@ -378,7 +378,7 @@ def test_each_expert_equals_torchs_muon_alone(adjust_lr_fn, slices, monkeypatch)
     found = (*ours[0][:, :inner], *ours[0][:, inner:], *ours[1], ours[2])
     for result, weight, before in zip(found, alone, (*gate_up[:, :inner], *gate_up[:, inner:], *down, dense)):
         moved = (weight - before.to(DEVICE)).norm()
-        assert moved > 0.05 and (result - weight).norm() < 0.01 * moved  # bf16 products in another order
+        assert moved > 0.05 and (result - weight).norm() < 0.02 * moved  # bf16 products in another order
 
 
 def test_muon_clips_its_gradients():
