@@ -332,11 +332,12 @@ class ExpertParallelMoE(DeepSeekR1MoE):
 # ---- splitting a model ---------------------------------------------------------------------------------------------
 
 
-def expert_groups(expert_ranks=None):
+def expert_groups(expert_ranks=None, timeout=None):
     """The groups of this process: `group`, `expert_ranks` consecutive ranks (None: all) that together hold all experts,
     and `replicas`, the ranks with the same experts as this one, None if there are no others. Called by all ranks.
 
-    Both are communicators of their own, so that the exchanges do not queue behind DDP's reductions.
+    Both are communicators of their own, so that the exchanges do not queue behind DDP's reductions. `timeout`: their
+    timedelta; None: the backend's, whatever the group of all ranks has.
     Raises ValueError if the number of processes is no multiple of `expert_ranks`, or there is no process group.
     """
     world = _world_size()
@@ -345,10 +346,10 @@ def expert_groups(expert_ranks=None):
         raise ValueError(f"expert_ranks={expert_ranks} must divide the {world} processes; "
                          f"use one of {_divisors(world)}")  # fmt: skip
     groups = [list(range(first, first + ranks)) for first in range(0, world, ranks)]
-    group = dist.new_subgroups_by_enumeration(groups)[0]
+    group = dist.new_subgroups_by_enumeration(groups, timeout)[0]
     if ranks == world:
         return group, None
-    return group, dist.new_subgroups_by_enumeration([list(members) for members in zip(*groups)])[0]
+    return group, dist.new_subgroups_by_enumeration([list(members) for members in zip(*groups)], timeout)[0]
 
 
 def _world_size():

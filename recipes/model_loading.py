@@ -1,6 +1,7 @@
 """Tokenizer, model config and model of a stage, from its settings."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -126,7 +127,9 @@ def spread(args, model):
     """Leaves each process its share of the experts or of every matrix, where `expert_parallel_size` or
     `tensor_parallel_size` says so; returns `model`."""
     if getattr(args, "expert_parallel_size", 1) > 1:
-        parallelise_experts(model, *expert_groups(args.expert_parallel_size), equal_rows=args.equal_rows)
+        timeout = timedelta(seconds=args.collective_timeout_s)  # new groups do not take that of the first
+        groups = expert_groups(args.expert_parallel_size, timeout)
+        parallelise_experts(model, *groups, equal_rows=args.equal_rows)
     size = getattr(args, "tensor_parallel_size", 1)
     if size > 1:
         config = DistributedConfig(tp_size=size, tp_plan="auto", fsdp_size=args.world_size // size)

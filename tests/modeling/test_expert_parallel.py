@@ -347,6 +347,8 @@ def check_refusals(folder):
         parallelise_experts(whole_model(n_routed_experts=world * 2 + 1, n_group=1, topk_group=1))
     with pytest.raises(ValueError, match=f"expert_ranks={world + 1} must divide the {world} processes"):
         expert_groups(world + 1)
+    waits = lambda group: group._get_backend(torch.device("cpu")).options._timeout
+    assert [waits(group) for group in expert_groups(1, timedelta(seconds=33))] == [timedelta(seconds=33)] * 2
     with pytest.raises(ValueError, match="no layer with experts"):
         parallelise_experts(whole_model(first_k_dense_replace=9))
     model = parallelise_experts(whole_model())
