@@ -8,6 +8,7 @@ always. Either kind is resumed in either layout. The model saved at the end of a
 
 import contextlib
 import random
+import re
 from pathlib import Path
 
 import numpy
@@ -34,6 +35,8 @@ from recipes.sharded_checkpoints import (
 )
 from recipes.tensor_pieces import deal_whole, is_sharded, staged, weight_sums
 
+LAYER = re.compile(r".*?\blayers\.\d+\.")
+
 
 def saved_processes(checkpoint):
     """How many processes wrote a checkpoint, by their files of random states; 0 where there are none."""
@@ -44,15 +47,20 @@ def saved_processes(checkpoint):
 def load_plain_weights(folder, model):
     """Reads a folder in the plain layout into a sharded `model`, in place; each process reads all and keeps its part.
 
-    Returns what `load_state_dict` returns.
+    One layer after the other: what a device and a host hold besides is one whole layer, or a tensor outside of them.
     """
-    state = {}
-    for file in sorted(set(weight_files(folder).values())):
-        with safe_open(Path(folder) / file, "pt") as tensors:
-            state |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    units = {}
+    for name, file in weight_files(folder).items():
+        layer = LAYER.match(name)  # a layer's experts, one by one on disk, become one tensor
+        units.setdefault(layer[0] if layer else name, []).append((name, file))
     device = next(model.parameters()).device
-    with torch.no_grad(), implicit_replication():  # a whole tensor is copied into the part that is here
-        return load_full_state_dict(model, {name: tensor.to(device) for name, tensor in state.items()}, strict=False)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.enter_context(implicit_replication())  # a whole tensor is copied into the part that is here
+        files = {file for unit in units.values() for _, file in unit}
+        opened = {file: stack.enter_context(safe_open(Path(folder) / file, "pt")) for file in files}
+        for unit in units.values():
+            state = {name: opened[file].get_tensor(name).to(device) for name, file in unit}
+            load_full_state_dict(model, state, strict=False)
 
 
 def load_plain_optimizer(folder, optimizer):

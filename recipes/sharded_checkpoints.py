@@ -116,9 +116,12 @@ def write_pieces(folder, pieces, group=None):
     Raises:
         ShardError: on every rank, for an error of one.
     """
+    # torch's writer looks ahead on a CUDA stream of its thread's device: for pieces on the CPU, which a thread beside
+    # training writes, that would be a context on the first GPU and a wait for what training has queued there.
+    ahead = {} if any(piece.local.is_cuda for piece in pieces.values()) else {"per_thread_copy_ahead": 0}
     with _with_plain_errors():
         dcp.save(
-            pieces, storage_writer=dcp.FileSystemWriter(Path(folder) / SHARDS, overwrite=True),
+            pieces, storage_writer=dcp.FileSystemWriter(Path(folder) / SHARDS, overwrite=True, **ahead),
             planner=_SavePlanner(), process_group=group, no_dist=group is None,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_r1.expert_parallel import expert_groups, parallelise_experts
+from recipes import elastic_checkpoints
 from recipes.checkpoint_files import IncompleteCheckpointError, find_problem, list_checkpoints
 from recipes.checkpoints import CheckpointSaveError
 from recipes.export_checkpoint import export_checkpoint
@@ -24,10 +25,12 @@ from recipes.sharded_checkpoints import (
     load_optimizer,
     load_weights,
     optimizer_state,
+    read_pieces,
     saved_tensors,
     weight_pieces,
     write_pieces,
 )
+from recipes.sharding import shard
 from recipes.tensor_pieces import Piece, deal_whole, weight_sums
 from tests.recipes.processes import FSDP, run_ranks, start_ranks, wait_for
 from tests.recipes.test_row_order import stop_after
@@ -348,6 +351,40 @@ def test_another_model_does_not_take_the_shards(tmp_path, monkeypatch):
     (checkpoint / "COMPLETE.json").unlink()
     with pytest.raises(IncompleteCheckpointError, match="no COMPLETE.json"):
         export_checkpoint(checkpoint, tmp_path / "plain")
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_plain_folder_is_read_into_a_sharded_model_layer_by_layer(tmp_path, monkeypatch, one_process_group):
+    saved = tiny_model(tiny_config(tmp_path), seed=1)
+    saved.save_pretrained(tmp_path / "plain", max_shard_size="20KB")  # layers lie in several files
+    model, together = shard(tiny_model(tiny_config(tmp_path), seed=2), torch.device("cpu")), []
+    load = elastic_checkpoints.load_full_state_dict
+    monkeypatch.setattr(elastic_checkpoints, "load_full_state_dict",
+                        lambda m, state, **kwargs: together.append(list(state)) or load(m, state, **kwargs))  # fmt: skip
+    elastic_checkpoints.load_plain_weights(tmp_path / "plain", model)
+    assert weight_sums(model) == weight_sums(saved)
+    assert sum(map(len, together)) == len({name for names in together for name in names})
+    layers = [{name.split(".")[2] for name in names} for names in together if len(names) > 1]
+    assert len(layers) == len(model.model.layers) and all(len(numbers) == 1 for numbers in layers)
+
+
+def test_pieces_on_the_cpu_are_written_without_a_look_at_a_gpu(tmp_path, monkeypatch):
+    """A thread's CUDA device is the first one, whichever the process trains on; its default stream that of training."""
+    def touched(*_):
+        raise AssertionError("the thread that writes has asked for a CUDA stream")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", touched)
+    tensor, read = torch.arange(12.0).view(3, 4), torch.zeros(3, 4)
+    write_pieces(tmp_path, {"x": Piece(tensor, (3, 4), (0, 0), True)}, None)
+    read_pieces(tmp_path, {"x": Piece(read, (3, 4), (0, 0))})
+    assert torch.equal(read, tensor)
 
 
 def test_whole_tensors_are_dealt_out_evenly():
