@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from modeling_deepseek_r1 import DeepSeekR1ForCausalLM
 from modeling_deepseek_r1.fused import set_fused_kernels
@@ -113,6 +116,33 @@ def test_no_router_chooses_twice(mode):
     model.set_activation_checkpointing(**MODES[mode])
     assert_same_step(step(model, ids, between=move), expected)
     assert_same_step(step(model, ids), moved)  # a new forward pass chooses anew
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_no_router_chooses_twice_under_fsdp(one_process_group):
+    """FSDP2's hooks take the layers' arguments apart and put them together again: lists come out as other lists."""
+    model, ids = tiny_model(num_nextn_predict_layers=1), random_ids()
+    model.set_activation_checkpointing("full")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    biases = [router.e_score_correction_bias for router in model.routers.values()]
+    experts = {}  # {router: what it said in each pass}
+    for layer, router in model.routers.items():
+        select = router.select
+        router.select = lambda scores, layer=layer, select=select: experts.setdefault(layer, []).append(
+            select(scores)) or experts[layer][-1]  # fmt: skip
+    counted = step(model, ids, between=lambda: [bias.copy_(-3.0 - bias.flip(0)) for bias in biases])[2]
+    for layer, choices in experts.items():
+        first, again = (torch.bincount(choice.flatten(), minlength=len(counted[layer])) for choice in choices)
+        assert not torch.equal(first, again)  # alone it would choose others
+        if layer < model.config.num_hidden_layers:  # an MTP layer leaves out each row's last token
+            assert torch.equal(counted[layer], first)
 
 
 def test_hooked_routers_are_not_replayed():
