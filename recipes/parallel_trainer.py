@@ -38,6 +38,8 @@ class ParallelMixin:
             # What is left for accelerate is nothing: it must not look for layer classes, nor spread weights again.
             plugin = self.accelerator.state.fsdp_plugin
             plugin.auto_wrap_policy, plugin.cpu_ram_efficient_loading = None, False
+            # Else each process would keep whole gradients, in fp32, from micro-batch to micro-batch.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def shards(self, model):
         """Shards `model`, the trained one or one beside it, where it is one of ours and the launch file asks for FSDP2;

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,6 +39,12 @@ class Gradients(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.found = trainer, {}
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Gradients of a micro-batch that is not the last lie in shards too."""
+        sharded = [p for p in self.trainer.model.parameters() if isinstance(p, DTensor) and p.requires_grad]
+        if self.trainer._sharded_here:
+            assert sharded and all(isinstance(p.grad, DTensor) for p in sharded)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
