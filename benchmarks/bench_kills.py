@@ -25,14 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import torch
 from huggingface_hub import HfApi
 
 from modeling_deepseek_r1 import checkpoint
@@ -42,38 +40,27 @@ from recipes.checkpoint_files import find_problem, is_unfinished, list_checkpoin
 from recipes.hub_commit import commit_files
 from recipes.run_results import text_table
 from tests.hub.hub_server import TOKEN, HubServer
-from tests.recipes.processes import FSDP, start_ranks, wait_for
+from tests.recipes.processes import FSDP, fork, start_ranks, wait_for
 from tests.recipes.tiny_run import SIZES
 from tests.recipes.tiny_stages import RECIPES, arguments, differences, make_base
 
 EVERY_STEP = ("--save_steps", "1", "--eval_strategy", "no", "--save_total_limit", "2", "--max_steps", "8")
 
 
-def fork(work, log):
-    """The id of a child that does `work()` and ends with 0, or with 1 and a traceback in `log`."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)  # threads do not survive a fork
+def child_of(work, log):
+    """The id of a process that does `work()`; it ends with 0, or with 1 and a traceback in `log`."""
+
+    def without_report():
         run_results.write_report = lambda folder: folder / "report.html"  # takes longer than the training
-        status = work() or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return work()
+
+    return fork(without_report, log, append=True)
 
 
 def finish(work, log):
     """Seconds that `work()` takes in a process of its own. Raises RuntimeError where it fails."""
     start = time.perf_counter()
-    _, status = os.waitpid(fork(work, log), 0)
+    _, status = os.waitpid(child_of(work, log), 0)
     if status:
         raise RuntimeError(f"a process that nobody killed has failed; the end of {log}:\n{log.read_text()[-2000:]}")
     return time.perf_counter() - start
@@ -81,7 +68,7 @@ def finish(work, log):
 
 def killed(work, log, seconds):
     """Whether a process doing `work()` was still there after `seconds`, and is killed now."""
-    child, end = fork(work, log), time.perf_counter() + seconds
+    child, end = child_of(work, log), time.perf_counter() + seconds
     while time.perf_counter() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -135,8 +122,10 @@ class Ranks(Training):
 
     def __init__(self, kind, folder, log):
         self.sharded, self.slowest_end = kind == "shards", 0.0
-        self.options = ("--per_device_train_batch_size", "2", "--ema_decay", "0", "--dead_rank_s", "5",
-                        "--collective_timeout_s", "15", *(("--async_save", "true") if self.sharded else ()))  # fmt: skip
+        self.options = (
+            "--per_device_train_batch_size", "2", "--ema_decay", "0", "--dead_rank_s", "5", "--collective_timeout_s",
+            "15", *(("--async_save", "true") if self.sharded else ()),
+        )  # fmt: skip
         self.stage, self.folder, self.log, self.newest = "pretrain", folder, log, 0
         self.whole, self.target = folder / f"{kind}_whole", folder / f"{kind}_killed"
         self.seconds = finish(self.work_in(self.whole), log)

@@ -38,6 +38,7 @@ from benchmarks.train_cases import (  # noqa: E402
     memory_figures,
     our_model,
     synchronize,
+    table_rows,
     time_steps,
     token_batches,
 )
@@ -303,12 +304,7 @@ def run_cases(jobs, args):
 
 
 def table(lines):
-    rows = [f"{'case':22} " + " ".join(f"{label:>{width}}" for _, label, width, _ in COLUMNS)]
-    for line in lines:
-        cells = [" " * width if line.get(name) is None else f"{line[name]:{width}{form}}"
-                 for name, _, width, form in COLUMNS]  # fmt: skip
-        rows.append(f"{line['case']:22} " + (f"error: {line['error']}" if "error" in line else " ".join(cells)))
-    return "\n".join(rows)
+    return "\n".join(table_rows(lines, "case", COLUMNS))
 
 
 # ---------------------------------------------------------------- command line

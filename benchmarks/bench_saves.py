@@ -12,6 +12,7 @@ models write at once, `shards` what sharded ones do; `beside` writes shards in a
 
 import argparse
 import contextlib
+import gc
 import os
 import statistics
 import sys
@@ -50,8 +51,19 @@ class Clock(TrainerCallback):
             self.left = self.saves[-1][1]
 
         trainer._save_checkpoint = timed
-        for module in (checkpoint_writer, checkpoints):
-            module.write_marker = self.noting(module.write_marker)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Inside the block markers are noted; afterwards nothing keeps this trainer and its weights alive."""
+        modules = (checkpoint_writer, checkpoints)
+        before = [module.write_marker for module in modules]
+        for module, write in zip(modules, before):
+            module.write_marker = self.noting(write)
+        try:
+            yield
+        finally:
+            for module, write in zip(modules, before):
+                module.write_marker = write
 
     def noting(self, write):
         def marked(*args, **kwargs):
@@ -90,7 +102,7 @@ def measure(kind, args, data, folder):
     trainer = build_trainer(settings, build_model(settings, tokenizer), tokenizer)
     clock = Clock(trainer)
     trainer.add_callback(clock)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), clock.listening():
         trainer.train()
     if not trainer.is_world_process_zero():
         return None
@@ -134,6 +146,7 @@ def main(argv=None):
         data = make_data(folder, args.size, (args.saves * args.every + 2) * 8 * world)
         for kind in args.kinds:
             line = measure(kind, args, data, folder)
+            gc.collect()  # its weights and states make room for the next one's
             if line is not None:
                 print(text_table([(f"{args.size}, {kind}", line)]), flush=True)
 

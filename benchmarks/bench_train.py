@@ -41,6 +41,7 @@ from benchmarks.train_cases import (  # noqa: E402
     measure_bare,
     our_model,
     recipe_fields,
+    table_rows,
 )
 from benchmarks.train_losses import compare_curves, losses_figure, measure_losses  # noqa: E402
 from benchmarks.train_memory import measure_memory, memory_table  # noqa: E402
@@ -166,11 +167,7 @@ def make_jobs(args):
 
 
 def speed_table(lines):
-    rows = [f"{'variant':22} " + " ".join(f"{label:>{width}}" for _, label, width, _ in COLUMNS)]
-    for line in lines:
-        cells = [" " * width if line.get(name) is None else f"{line[name]:{width}{form}}"
-                 for name, _, width, form in COLUMNS]  # fmt: skip
-        rows.append(f"{line['variant']:22} " + (f"error: {line['error']}" if "error" in line else " ".join(cells)))
+    rows = table_rows(lines, "variant", COLUMNS)
     return "\n".join([*rows, *trainer_overheads(lines)])
 
 

@@ -241,3 +241,14 @@ def measure_bare(job):
         "load_max_over_mean": None if load is None else round(load, 3),
         "experts": getattr(model.config, "_experts_implementation", None),
     }  # fmt: skip
+
+
+def table_rows(lines, name, columns):
+    """A headline and a row for each of `lines`, dicts: `name`'s value, then `columns`, (key, label, width, format), or
+    the error in their place."""
+    rows = [f"{name:22} " + " ".join(f"{label:>{width}}" for _, label, width, _ in columns)]
+    for line in lines:
+        cells = [" " * width if line.get(key) is None else f"{line[key]:{width}{form}}"
+                 for key, _, width, form in columns]  # fmt: skip
+        rows.append(f"{line[name]:22} " + (f"error: {line['error']}" if "error" in line else " ".join(cells)))
+    return rows

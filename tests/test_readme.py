@@ -175,7 +175,8 @@ def test_own_conversations(workplace):
     tokenizer.save_pretrained("my-model")
     tune, evaluate = commands("own conversations")
     assert tune[:3] == ["accelerate", "launch", "recipes/sft.py"] and evaluate[:2] == ["python", "recipes/eval.py"]
-    few = ["--max_steps", "2", "--eval_strategy", "no", "--eval_problems", "2", "--eval_max_new_tokens", "4", "--use_cpu"]
+    few = ["--max_steps", "2", "--eval_strategy", "no", "--eval_problems", "2", "--eval_max_new_tokens", "4"]
+    few += ["--use_cpu"]
     sft.main([*tune[3:], *few])
     assert results("runs/my_chats")["tasks"]["after"]["tasks"]["chain_sum"]["problems"] == 2
     eval_recipe.main([*evaluate[2:], "--problems", "2", "--max_new_tokens", "4"])

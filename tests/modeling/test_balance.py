@@ -250,7 +250,8 @@ def test_injected_gradient_under_a_loss_scaler():
         args, state = TrainingArguments(output_dir="unused", use_cpu=True, gradient_accumulation_steps=4), None
         ids = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
         state = type("State", (), {"global_step": 0})()
-        ExpertBalanceCallback().on_step_begin(args, state, None, model=model, optimizer=optimizer, train_dataloader=range(8))
+        given = {"model": model, "optimizer": optimizer, "train_dataloader": range(8)}
+        ExpertBalanceCallback().on_step_begin(args, state, None, **given)
         scale = optimizer.scaler.scale(torch.ones(())) if optimizer else torch.ones(())
         for part in ids.split(2):
             (model(input_ids=part, labels=part, num_items_in_batch=88).loss * scale).backward()

@@ -578,7 +578,8 @@ def test_a_source_that_changes_meanwhile(folders, tmp_path, monkeypatch):
 
 def test_tied_embeddings_are_not_merged_apart(tmp_path):
     torch.manual_seed(0)
-    tiny_model(**{**SIZES, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}).save_pretrained(tmp_path / "base")
+    sizes = {**SIZES, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}
+    tiny_model(**sizes).save_pretrained(tmp_path / "base")
     base = DeepSeekR1ForCausalLM.from_pretrained(tmp_path / "base")
     lora = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")

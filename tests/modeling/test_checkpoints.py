@@ -183,12 +183,14 @@ def test_remote_code_in_a_process_without_the_package(saved, tmp_path):
     block += "sys.path[:] = [p for p in sys.path if not (__import__('os').path.isdir(p + '/modeling_deepseek_r1'))]; "
     block += "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
     run = f"{block}sys.argv = {[str(script), str(folder), str(tmp_path)]!r}; exec(open({str(script)!r}).read())"
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", run], check=True, env=environment, cwd=tmp_path, timeout=200)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
     assert keys_on_disk(tmp_path / "resaved") == released_keys()
     files = {path.name for path in (tmp_path / "resaved").glob("*.py")}
-    assert files == {path.name for path in folder.glob("*.py")} >= {"modeling_deepseek_r1.py", "experts.py", "layout.py"}
+    there = {path.name for path in folder.glob("*.py")}
+    assert files == there >= {"modeling_deepseek_r1.py", "experts.py", "layout.py"}
 
 
 def test_auto_map_names_every_class(saved):
@@ -284,7 +286,8 @@ def to_fp8(folder, block=8):
         padded = torch.nn.functional.pad(value, (0, -columns % block, 0, -rows % block))
         tiles = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))
         scale = tiles.abs().amax((1, 3)).clamp_min(1e-12) / 448
-        result[key] = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
+        scaled = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+        result[key] = scaled.to(torch.float8_e4m3fn).contiguous()
         result[key + "_scale_inv"] = scale.contiguous()
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
     write_manifest(folder)
@@ -318,7 +321,8 @@ def test_released_config_loads_unchanged(tmp_path):
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1,
         "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
         "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
-        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1,
         "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
         "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
@@ -330,7 +334,8 @@ def test_released_config_loads_unchanged(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(released))
     config = DeepSeekR1Config.from_pretrained(tmp_path)
-    for field in released.keys() - {"auto_map", "rope_scaling", "rope_theta", "torch_dtype", "model_type", "architectures"}:
+    others = {"auto_map", "rope_scaling", "rope_theta", "torch_dtype", "model_type", "architectures"}
+    for field in released.keys() - others:
         assert getattr(config, field) == released[field], field
     assert config.rope_parameters["rope_type"] == "yarn" and config.rope_parameters["factor"] == 40
     assert config.model_type == "deepseek_r1" and config.auto_map == {} and config.dtype == torch.bfloat16

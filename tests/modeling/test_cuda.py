@@ -41,7 +41,8 @@ def test_grouped_experts_equal_the_loop(empty):
     for kind, dtype in (("eager", torch.float64), ("grouped_mm", torch.bfloat16)):
         model.set_experts_implementation(kind)
         twin = experts.to(dtype)
-        inputs = [states.detach().to(dtype).requires_grad_(), weights.detach().to(dtype if kind == "eager" else torch.float32).requires_grad_()]
+        of_weights = dtype if kind == "eager" else torch.float32
+        inputs = [part.detach().to(of).requires_grad_() for part, of in ((states, dtype), (weights, of_weights))]
         output = twin(inputs[0], indices, inputs[1])
         results[kind] = [output, *torch.autograd.grad(output.square().sum(), [*inputs, *twin.parameters()])]
     for fast, plain in zip(results["grouped_mm"], results["eager"]):
@@ -141,7 +142,9 @@ def test_injected_gradient_under_fp16_loss_scaling_in_trl(tmp_path, gradient):
     assert 0.5 < whole.norm() / exact.norm() < 2.0
 
 
-@pytest.mark.parametrize("changes", [{"bf16": True}, {"fp16": True}, {}, {"bf16": True, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [{"bf16": True}, {"fp16": True}, {}, {"bf16": True, "gradient_checkpointing": True}]
+)
 def test_trains_in_every_precision(tmp_path, changes):
     model = wide_model()
     before = model.model.layers[1].mlp.experts.gate_up_proj.detach().clone()
@@ -161,7 +164,8 @@ def test_compiles_in_one_graph_and_counts():
     compiled.backward()
     torch.testing.assert_close(compiled, loss, rtol=2e-2, atol=2e-2)
     for router, count in zip(model.routers.values(), counts):
-        assert int(router.load_counts.sum()) == int(count.sum()) == 2 * 4 * (32 if router is not model.routers[3] else 31)
+        tokens = 32 if router is not model.routers[3] else 31
+        assert int(router.load_counts.sum()) == int(count.sum()) == 2 * 4 * tokens
 
 
 def test_generates_with_dynamic_and_static_caches():

@@ -107,7 +107,8 @@ def header_length(rng, folder):
     path = shard(rng, folder)
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    wrong = rng.choice([0, 2**63, 2**64 - 1, length - 1, length + 1, rng.randrange(length), rng.randrange(len(content))])
+    drawn = rng.randrange(length), rng.randrange(len(content))
+    wrong = rng.choice([0, 2**63, 2**64 - 1, length - 1, length + 1, *drawn])
     path.write_bytes(struct.pack("<Q", wrong if wrong != length else 1) + content[8:])
     return path.name
 
@@ -359,7 +360,9 @@ FITS = {  # key, what becomes of it, words of the error
     "plain": ("model.norm.weight", lambda t: t[:-1], r"\(31,\), the model of config.json has \(32,\)"),
     "expert": (EXPERT, lambda t: t.T.contiguous(), r"\(32, 16\), the model of config.json has \(16, 32\)"),
     "mtp": ("model.layers.2.eh_proj.weight", lambda t: t[:, :-1].contiguous(), r"\(32, 63\).*\(32, 64\)"),
-    "mtp expert": ("model.layers.2.mlp.experts.0.down_proj.weight", lambda t: t[:-1].contiguous(), r"\(31, 16\).*\(32, 16\)"),
+    "mtp expert": (
+        "model.layers.2.mlp.experts.0.down_proj.weight", lambda t: t[:-1].contiguous(), r"\(31, 16\).*\(32, 16\)",
+    ),
     "mtp copy": ("model.layers.2.embed_tokens.weight", lambda t: t[:-1].contiguous(), r"\(63, 32\).*\(64, 32\)"),
     "bias": ("model.layers.1.mlp.gate.e_score_correction_bias", lambda t: t[:-1], r"\(3,\).*\(4,\)"),
     "integers": (EXPERT, lambda t: t.to(torch.int32), r"is I32, the model has floats"),
@@ -381,7 +384,8 @@ def test_absent_and_surplus_experts_are_named(single):
     rewrite(single, lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(ValueError, match=f"lacks 1 weights.*{re.escape(EXPERT)}"):
         load(single)
-    with pytest.raises(ValueError, match=r"experts\.2\.\w+_proj\.weight is there, but the config has n_routed_experts=2"):
+    message = r"experts\.2\.\w+_proj\.weight is there, but the config has n_routed_experts=2"
+    with pytest.raises(ValueError, match=message):
         load(single, n_routed_experts=2)
 
 

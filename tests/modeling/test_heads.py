@@ -117,7 +117,8 @@ def test_one_label_per_token_is_a_regression():
     output = model(input_ids=ids, labels=targets)
     expected = ((output.logits.squeeze(-1) - targets)[targets != -100] ** 2).mean()
     torch.testing.assert_close(output.loss, expected)
-    halves = sum(model(input_ids=i, labels=t, num_items_in_batch=9).loss for i, t in zip(ids.split(1), targets.split(1)))
+    pairs = zip(ids.split(1), targets.split(1))
+    halves = sum(model(input_ids=i, labels=t, num_items_in_batch=9).loss for i, t in pairs)
     torch.testing.assert_close(halves, expected)
 
 

@@ -119,7 +119,8 @@ def test_refuses_what_a_fixed_graph_cannot_do(tmp_path):
 @needs_onnx
 def test_refuses_a_reward_model_and_an_existing_target(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "ours")
-    AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", num_labels=1).save_pretrained(tmp_path / "reward")
+    reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", num_labels=1)
+    reward.save_pretrained(tmp_path / "reward")
     assert onnx_export.main([str(tmp_path / "reward"), str(tmp_path / "graph")]) == 1
     assert "lm_head.weight" in capsys.readouterr().err
     assert onnx_export.main([str(tmp_path / "ours"), str(tmp_path)]) == 1

@@ -22,7 +22,8 @@ whole = DeepSeekR1ForCausalLM.from_pretrained(folder).train()
 whole_loss = whole(input_ids=ids, labels=ids).loss
 whole_loss.backward()
 gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
-for name, plan in (("tp", dict(tp_size=2, tp_plan="auto")), ("fsdp", dict(fsdp_size=2)), ("ep", dict(fsdp_size=2, ep_size=2))):
+plans = dict(tp=dict(tp_size=2, tp_plan="auto"), fsdp=dict(fsdp_size=2), ep=dict(fsdp_size=2, ep_size=2))
+for name, plan in plans.items():
     model = DeepSeekR1ForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**plan)).train()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()

@@ -1,5 +1,6 @@
 """Ranks of a gloo group as forks of this process, which has imported everything: a start of them takes no time."""
 
+import functools
 import os
 import signal
 import socket
@@ -24,21 +25,19 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def _become(rank, world, port, environment, log, work):
-    """The life of a child."""
+def fork(work, log, append=False):
+    """The id of a child that does `work()` with its output in the file `log`. It ends with what that returns, 0 for
+    nothing, or with 1 and a traceback."""
+    child = os.fork()
+    if child:
+        return child
     status = 1
     try:
-        with open(log, "w") as file:
+        with open(log, "a" if append else "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ |= {name: str(value) for name, value in ranks.items()} | environment
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         torch.set_num_threads(1)  # threads do not survive a fork
-        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # nor does what CUDA has begun
-        torch.manual_seed(100 + rank)  # what a rank drew before must not matter
-        work(rank)
-        status = 0
+        status = work() or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -47,15 +46,23 @@ def _become(rank, world, port, environment, log, work):
         os._exit(status)
 
 
+def _become(rank, world, port, environment, work):
+    """What a child does."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in ranks.items()} | environment
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # what CUDA has begun does not survive
+    torch.manual_seed(100 + rank)  # what a rank drew before must not matter
+    work(rank)
+
+
 def start_ranks(world, work, folder, environment=None):
     """[process ids] of `world` forks that do `work(rank)`, each with `folder`/rank_<r>.log. One is no group."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     port, children = free_port(), []
     for rank in range(world):
-        child = os.fork()
-        if not child:
-            _become(rank, world, port, environment or {}, Path(folder) / f"rank_{rank}.log", work)
-        children.append(child)
+        life = functools.partial(_become, rank, world, port, environment or {}, work)
+        children.append(fork(life, Path(folder) / f"rank_{rank}.log"))
     return children
 
 

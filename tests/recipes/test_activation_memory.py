@@ -46,7 +46,8 @@ def test_saved_bytes_of_a_model(mode):
     activations = activation_bytes(config, tokens, 2, 2, "selective" if mode == "selective" else False)
     packed = packed_weight_bytes(config, 2)
     if mode == "selective":  # one layer's inside is made again in the backward only, and weights are joined there
-        inside = [layer_bytes(config, sparse, 2, 2) - layer_bytes(config, sparse, 2, 2, True) for sparse in (True, False)]
+        inside = [layer_bytes(config, sparse, 2, 2) - layer_bytes(config, sparse, 2, 2, True)
+                  for sparse in (True, False)]  # fmt: skip
         activations, packed = activations - tokens * max(inside), 0
     expected = activations + packed + loss_bytes(config, tokens, 2) - chunk
     # 1 %: labels, positions, angles and counts, which grow with tokens but not with widths.

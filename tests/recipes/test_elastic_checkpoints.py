@@ -365,8 +365,8 @@ def test_a_plain_folder_is_read_into_a_sharded_model_layer_by_layer(tmp_path, mo
     saved.save_pretrained(tmp_path / "plain", max_shard_size="20KB")  # layers lie in several files
     model, together = shard(tiny_model(tiny_config(tmp_path), seed=2), torch.device("cpu")), []
     load = elastic_checkpoints.load_full_state_dict
-    monkeypatch.setattr(elastic_checkpoints, "load_full_state_dict",
-                        lambda m, state, **kwargs: together.append(list(state)) or load(m, state, **kwargs))  # fmt: skip
+    watched = lambda m, state, **kwargs: together.append(list(state)) or load(m, state, **kwargs)
+    monkeypatch.setattr(elastic_checkpoints, "load_full_state_dict", watched)
     elastic_checkpoints.load_plain_weights(tmp_path / "plain", model)
     assert weight_sums(model) == weight_sums(saved)
     assert sum(map(len, together)) == len({name for names in together for name in names})

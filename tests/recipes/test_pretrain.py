@@ -131,7 +131,8 @@ def test_weights_with_another_vocabulary_are_refused(texts, finished, tmp_path):
     folder, _ = finished
     other = train_tokenizer(["completely different words, of another text altogether"] * 3, 290)
     other.save_pretrained(tmp_path / "other")
-    more = ("--model_name_or_path", str(folder), "--model_config", "{}", "--tokenizer_name_or_path", str(tmp_path / "other"))
+    more = ("--model_name_or_path", str(folder), "--model_config", "{}",
+            "--tokenizer_name_or_path", str(tmp_path / "other"))  # fmt: skip
     with pytest.raises(ValueError, match="another vocabulary.*--from_folder"):
         pretrain.main(arguments(texts, tmp_path / "run", *more))
 
@@ -157,7 +158,8 @@ def test_a_checkpoint_without_optimizer_is_refused(texts, tmp_path):
 
 
 def test_a_stream_with_more_workers_than_shards_says_so(texts, tmp_path):
-    more = ("--streaming", "true", "--dataloader_num_workers", "2", "--validation_fraction", "0", "--eval_strategy", "no")
+    more = ("--streaming", "true", "--dataloader_num_workers", "2", "--validation_fraction", "0",
+            "--eval_strategy", "no")  # fmt: skip
     with pytest.raises(ValueError, match="fewer shards than workers"):
         pretrain.main(arguments(texts, tmp_path / "run", *more))
 
@@ -192,9 +194,11 @@ def test_two_processes_train_like_one(texts, tmp_path, streaming):
     pretrain.main(arguments(texts, tmp_path / "one", *more, "4"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*command, *arguments(texts, tmp_path / "two", *more, "2")], check=True, timeout=300, env=environment)
+    command += arguments(texts, tmp_path / "two", *more, "2")
+    subprocess.run(command, check=True, timeout=300, env=environment)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
     )
     assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
     for ours, theirs in zip(one, two):
