@@ -56,11 +56,16 @@ def evaluating(model):
 
 
 def sharded(model):
-    """The name of a parameter that lies on several processes, or None."""
+    """The name of a parameter that lies on several processes, or None. ZeRO-3 leaves an empty one until it gathers."""
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor" or not parameter.numel():
+        if type(parameter.data).__name__ == "DTensor" or not parameter.numel():
             return name
     return None
+
+
+def gathered(model):
+    """Whether ZeRO-3 has spread the model and gathered it again, as trainers do around `generate`."""
+    return sharded(model) is None and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def changed_method(model):
@@ -192,7 +197,8 @@ class FastGenerationMixin:
             return "it keeps its cache on the device, and an offloaded one was asked for"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it returns neither attentions nor hidden states"
-        if synced_gpus or sharded(self):
+        # The library asks for steps in common wherever ZeRO-3 is on; a gathered model takes its own.
+        if sharded(self) or synced_gpus and not gathered(self):
             return "the parameters are sharded over processes"
         changed = changed_method(self)
         if changed is not None:
