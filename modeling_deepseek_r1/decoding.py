@@ -84,9 +84,11 @@ def changed_method(model):
 def changed_module(model):
     """Why the modules are not those that a step computes: a message, or None."""
     for name, module in model.named_modules():
-        if module is not model and is_intercepted(module):
+        if module is not model and is_intercepted(module, trained=False):
             return f"{name} has hooks or a forward of its own"
-    if model._forward_hooks or model._forward_pre_hooks:
+    hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
+    # DeepSpeed's on the whole model keep its books; those by which it gathers parameters are on the modules, too.
+    if any(not str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks):
         return "the model has hooks"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are forward hooks on all modules"

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
+
 from recipes.zero_setup import whole_size
 
 logger = logging.getLogger(__name__)

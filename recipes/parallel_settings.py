@@ -67,6 +67,10 @@ class ParallelSettings:
         if self.tensor_parallel_size > 1:
             self._check_alone("tensor_parallel_size", self._obstacles_of_tensors())
 
+        self.check_tasks()
+
+    def check_tasks(self):
+        """ValueError for tasks in a run whose weights are spread over processes."""
         tasks = getattr(self, "eval_tasks", None)
         spread = self.expert_parallel_size * self.tensor_parallel_size > 1 or launched_with(self, "FSDP")
         spread = spread or zero_stage(self) == 3
