@@ -87,8 +87,8 @@ class ZeroSetupMixin:
         if not self.is_deepspeed_enabled:
             return
         if getattr(self.args, "weights_dtype", "float32") != "float32":
-            raise ValueError(f"weights_dtype={self.args.weights_dtype} under DeepSpeed, which itself keeps fp32 masters "
-                             "of 16-bit weights: leave it out, with bf16=true")  # fmt: skip
+            raise ValueError(f"weights_dtype={self.args.weights_dtype} under DeepSpeed, which keeps fp32 masters of "
+                             "16-bit weights by itself: leave it out, with bf16=true")  # fmt: skip
         prepare = self.accelerator.prepare
 
         def prepare_for_zero(*objects, **options):

@@ -188,7 +188,8 @@ def test_two_processes_equal_one(base, tmp_path, stage, stages):
         for mine, other in zip(found, expected):
             for name, value in other.items():
                 if not isinstance(value, (str, dict, list)):
-                    assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (zero, mine["kind"], mine["step"], name)
+                    where = (zero, mine["kind"], mine["step"], name)
+                    assert mine[name] == pytest.approx(value, rel=1e-3, abs=2e-5), where
         assert (tmp_path / f"zero{zero}" / "model.safetensors").is_file()
 
 
