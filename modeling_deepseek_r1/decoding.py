@@ -56,11 +56,16 @@ def evaluating(model):
 
 
 def sharded(model):
-    """The name of a parameter that lies on several processes, or None."""
+    """The name of a parameter that lies on several processes, or None. ZeRO-3 leaves an empty one until it gathers."""
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor" or not parameter.numel():
+        if type(parameter.data).__name__ == "DTensor" or not parameter.numel():
             return name
     return None
+
+
+def gathered(model):
+    """Whether ZeRO-3 has spread the model and gathered it again, as trainers do around `generate`."""
+    return sharded(model) is None and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def changed_method(model):
@@ -79,9 +84,11 @@ def changed_method(model):
 def changed_module(model):
     """Why the modules are not those that a step computes: a message, or None."""
     for name, module in model.named_modules():
-        if module is not model and is_intercepted(module):
+        if module is not model and is_intercepted(module, trained=False):
             return f"{name} has hooks or a forward of its own"
-    if model._forward_hooks or model._forward_pre_hooks:
+    hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
+    # DeepSpeed's on the whole model keep its books; those by which it gathers parameters are on the modules, too.
+    if any(not str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks):
         return "the model has hooks"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are forward hooks on all modules"
@@ -192,7 +199,8 @@ class FastGenerationMixin:
             return "it keeps its cache on the device, and an offloaded one was asked for"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it returns neither attentions nor hidden states"
-        if synced_gpus or sharded(self):
+        # The library asks for steps in common wherever ZeRO-3 is on; a gathered model takes its own.
+        if sharded(self) or synced_gpus and not gathered(self):
             return "the parameters are sharded over processes"
         changed = changed_method(self)
         if changed is not None:

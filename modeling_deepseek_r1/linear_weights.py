@@ -10,12 +10,12 @@ from .compute_copies import has_copy, in_dtype
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grad")
 
 
-def is_intercepted(module):
+def is_intercepted(module, trained=True):
     """Whether something stands between a caller and the module's class: hooks, or a `forward` of the instance's own
-    (how accelerate offloads, and how kernels are swapped in)."""
+    (how accelerate offloads, and how kernels are swapped in); `trained`: hooks on the backward pass count too."""
     hooks = [hook for hook in module._forward_hooks.values()
              if not getattr(hook, "__name__", "").startswith(HARMLESS_HOOKS)]
-    backward = module._backward_hooks or module._backward_pre_hooks
+    backward = trained and (module._backward_hooks or module._backward_pre_hooks)
     return bool(hooks or module._forward_pre_hooks or backward or "forward" in vars(module))
 
 

@@ -92,10 +92,11 @@ class DeepSeekR1Router(ExactBuffers):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.balance_alpha, self.z_loss_coef = config.seq_aux_loss_alpha, config.router_z_loss_coef
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        # float(): DeepSpeed's zero.Init makes every new tensor 16-bit, whatever dtype is asked for.
         if self.has_bias:
-            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts).float())
         self.register_buffer("load_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("balance_loss_scale", torch.ones((), dtype=torch.float32), persistent=False)
+        self.register_buffer("balance_loss_scale", torch.ones(()).float(), persistent=False)
 
     def score(self, logits):
         """(T, E) logits -> (T, E) affinities."""

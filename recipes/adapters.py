@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from recipes.zero_setup import whole_size
+
 logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -71,11 +73,11 @@ def lora_config(model, args, task_type="CAUSAL_LM"):
 def add_adapters(model, args, task_type="CAUSAL_LM"):
     """The model with fresh adapters; prints the share of weights that they adapt and that are trained."""
     config = lora_config(model, args, task_type)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: whole_size(parameter) for name, parameter in model.named_parameters()}
     peft_model = get_peft_model(model, config)
     if hasattr(model, "freeze_mtp") and not model.config.mtp_loss_coef:
         model.freeze_mtp()  # with the adapters there, which would never get a gradient
-    trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    trained = sum(whole_size(p) for p in peft_model.parameters() if p.requires_grad)
     adapted = sum(size for name, size in sizes.items() if _is_adapted(name, model, config))
     total = sum(sizes.values())
     logger.warning(

@@ -40,6 +40,7 @@ from recipes.elastic_checkpoints import ElasticCheckpointMixin
 from recipes.resume_guard import check_unchanged, describe_run
 from recipes.row_order import set_sampler_epoch
 from recipes.sharded_checkpoints import GROUPS, holds_shards
+from recipes.zero_setup import check_zero_checkpoint, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ class CheckpointMixin(ElasticCheckpointMixin):
             self._remove(path)
 
     def _check_config(self, path):
+        check_zero_checkpoint(path, zero_stage(self.args), self.args.world_size)
         states = GROUPS if holds_shards(path) else "optimizer.pt"
         if not self.is_deepspeed_enabled and not (Path(path) / states).is_file():
             raise ValueError(

@@ -12,6 +12,7 @@ from recipes.pretrain_config import check_names
 from recipes.run_settings import setting
 from recipes.sft_config import SFTRecipeConfig
 from recipes.stage_settings import check_rules
+from recipes.zero_setup import zero_stage
 
 METHODS = ("traces", "logits", "on_policy")
 TEMPERATURES = {"traces": None, "logits": 2.0, "on_policy": 1.0}
@@ -106,6 +107,7 @@ class DistillRecipeConfig(SFTRecipeConfig, DistillationConfig):
         if self.method == "on_policy":
             self.dataloader_drop_last = False  # held-out prompts would be lost; rollouts always take whole batches
         self._check_progressive()
+        self.check_zero()
         check_rules(
             self,
             (
@@ -121,6 +123,17 @@ class DistillRecipeConfig(SFTRecipeConfig, DistillationConfig):
         )  # fmt: skip
         if self.feature_layers is not None and not self.feature_coef:
             raise ValueError(f"feature_layers={self.feature_layers} has no effect with feature_coef=0; raise it")
+
+    def check_zero(self):
+        """What reads whole weights before, or outside of, the forward pass in which ZeRO-3 gathers them."""
+        if zero_stage(self) < 3:
+            return
+        if self.method != "traces":
+            raise ValueError(f"method={self.method} computes with the teacher's head beside the student's, which "
+                             "ZeRO-3 leaves in pieces: use zero2.yaml, or method=traces")  # fmt: skip
+        if self.student_layers is not None:
+            raise ValueError(f"student_layers={self.student_layers} copies the teacher's weights, which ZeRO-3 leaves "
+                             "in pieces: use zero2.yaml, or make the student in a run of its own")  # fmt: skip
 
     @property
     def generation_batch_size(self):

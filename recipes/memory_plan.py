@@ -19,6 +19,7 @@ from recipes.optimizers import muon_kinds
 from recipes.rl_setup import causal_lm
 from recipes.router_replay import bytes_per_token
 from recipes.sizing import GIB, USABLE_SHARE, device_memory, memory_per_device
+from recipes.zero_setup import whole_size
 
 ALWAYS, SAMPLING, TRAINING = "always", "sampling", "training"
 # Bytes a trained value of the optimizers that transformers knows; the others keep two states in the weights' dtype.
@@ -96,7 +97,7 @@ def _ways_out(rows):
 
 
 def _weight_bytes(model):
-    return sum(each.numel() * each.element_size() for each in [*model.parameters(), *model.buffers()])
+    return sum(whole_size(each) * each.element_size() for each in [*model.parameters(), *model.buffers()])
 
 
 def _optimizer_bytes(name, trained):
@@ -111,7 +112,7 @@ def _optimizer_bytes(name, trained):
 def _muon_bytes(model):
     """Of one state a value in Muon's matrices, two in what AdamW trains."""
     kinds, named = muon_kinds(model), dict(model.named_parameters())
-    return sum((2 if kind == "adamw" else 1) * named[name].numel() * named[name].element_size()
+    return sum((2 if kind == "adamw" else 1) * whole_size(named[name]) * named[name].element_size()
                for name, kind in kinds.items())  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def memory_plan(args, policy, reference=None, rewards=(), limit=None):
     """
     config, mixed = causal_lm(policy).config.get_text_config(), bool(args.bf16 or args.fp16)
     shards = args.world_size if getattr(args, "fsdp", None) or is_deepspeed_zero3_enabled() else 1
-    trained = [(each.numel(), each.element_size()) for each in policy.parameters() if each.requires_grad]
+    trained = [(whole_size(each), each.element_size()) for each in policy.parameters() if each.requires_grad]
     first = next(policy.parameters())
     width = 2 if mixed else first.element_size()
     rows = [MemoryRow("weights of the policy", _weight_bytes(policy) // shards, ALWAYS, "take a smaller model, or more "

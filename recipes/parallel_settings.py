@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from recipes.run_settings import setting
+from recipes.zero_setup import zero_stage
 
 
 def launched_with(args, kind):
@@ -66,8 +67,13 @@ class ParallelSettings:
         if self.tensor_parallel_size > 1:
             self._check_alone("tensor_parallel_size", self._obstacles_of_tensors())
 
+        self.check_tasks()
+
+    def check_tasks(self):
+        """ValueError for tasks in a run whose weights are spread over processes."""
         tasks = getattr(self, "eval_tasks", None)
         spread = self.expert_parallel_size * self.tensor_parallel_size > 1 or launched_with(self, "FSDP")
+        spread = spread or zero_stage(self) == 3
         if tasks and spread:
             raise ValueError(f"eval_tasks={tasks}: each process answers problems of its own, with a whole model, and "
                              "this one is spread over processes; leave it out, and evaluate the saved folder with "

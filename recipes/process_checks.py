@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.zero_setup import whole_shape
+
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "triton")
 OF_ONE_RANK = {"local_rank", "hub_token", "logging_dir", "deepspeed_plugin"}  # settings that may differ
 SHOWN = 8  # differences that a message lists
@@ -58,7 +60,7 @@ def model_facts(model):
     """Each parameter with shape, type and whether it is trained; their order, by which DDP reduces them; the config."""
     named = list(model.named_parameters())
     found = {
-        f"parameter {name}": f"{tuple(p.shape)} {p.dtype} {'trained' if p.requires_grad else 'frozen'}"
+        f"parameter {name}": f"{whole_shape(p)} {p.dtype} {'trained' if p.requires_grad else 'frozen'}"
         for name, p in named
     }
     order = "\n".join(name for name, _ in named)

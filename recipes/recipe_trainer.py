@@ -13,6 +13,7 @@ from recipes.fsdp_setup import FsdpSetupMixin
 from recipes.hub_push import HubPushMixin
 from recipes.optimizers import OptimizerMixin
 from recipes.parallel_trainer import ParallelMixin
+from recipes.zero_setup import ZeroSetupMixin, whole_shape
 
 
 class SpeedMeter:
@@ -77,7 +78,7 @@ class Strided(Dataset):
         return self.rows[self.indices[index]]
 
 
-class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin, FsdpSetupMixin):
+class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, ParallelMixin, FsdpSetupMixin, ZeroSetupMixin):
     """Put before `transformers.Trainer` or one of TRL's trainers in the list of bases.
 
     A subclass calls `start_metering(flops_per_token)` at the end of its `__init__`, says how to count the tokens of a
@@ -107,7 +108,7 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, Parallel
 
     def get_decay_parameter_names(self, model):
         """Matrices only. Norm weights have names that the library's patterns miss (enorm, hnorm)."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        return [name for name, parameter in model.named_parameters() if len(whole_shape(parameter)) >= 2]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.speed.add_tokens(self.count_tokens(inputs))

@@ -20,6 +20,7 @@ from modeling_deepseek_r1.moe import DeepSeekR1MoE
 from recipes.callbacks import ExpertBalanceCallback, balanced_model, leave_to_each_process
 from recipes.reward_functions import ModelReward, checked
 from recipes.reward_scoring import load_reward_model
+from recipes.zero_setup import ready_for_zero
 
 
 def causal_lm(model):
@@ -119,6 +120,7 @@ def without_adapter(model):
 def prepare_frozen(model, trainer, shard=True):
     """A model that is only read, as the trainer's accelerator wants it; `shard`: spread over the processes by FSDP."""
     if trainer.is_deepspeed_enabled:
+        ready_for_zero(model, trainer.accelerator)
         return prepare_deepspeed(model, trainer.accelerator)
     if trainer.is_fsdp_enabled and shard:  # as the policy, so that both compute alike
         own = hasattr(trainer, "shards") and trainer.shards(model)

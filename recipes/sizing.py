@@ -22,6 +22,7 @@ import time
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import set_zero3_state
 
 from recipes.activation_memory import (
     activation_bytes,
@@ -71,7 +72,7 @@ def _text_config(config):
 def meta_model(config):
     """The causal language model of a config, without weights in memory."""
     config = copy.deepcopy(config)
-    with torch.device("meta"):
+    with set_zero3_state(), torch.device("meta"):  # DeepSpeed's ZeRO-3 would spread even this model
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from recipes.evaluation import evaluate_tasks
+from recipes.zero_setup import whole_size
 
 
 def evaluate_stage(trainer, name, afresh):
@@ -53,5 +54,5 @@ def save_merged(trainer, token_ids):
 def sizes_of(model):
     """{"parameters", "trained parameters"} of a run's config.yaml, as text."""
     parameters = list(model.parameters())
-    total, trained = (sum(p.numel() for p in parameters if p.requires_grad >= wanted) for wanted in (False, True))
+    total, trained = (sum(whole_size(p) for p in parameters if p.requires_grad >= wanted) for wanted in (False, True))
     return {"parameters": f"{total:,}", "trained parameters": f"{trained:,} ({trained / total:.2%})"}

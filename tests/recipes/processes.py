@@ -17,6 +17,11 @@ FSDP = {  # what `accelerate launch` sets for recipes/launch/fsdp2.yaml
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
     "FSDP_SYNC_MODULE_STATES": "true",
 }  # fmt: skip
+ZERO = {  # for recipes/launch/zero2.yaml and zero3.yaml, on CPUs; ACCELERATE_DEEPSPEED_ZERO_STAGE is 2 or 3
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "DS_ACCELERATOR": "cpu",
+}  # fmt: skip
 
 
 def free_port():
