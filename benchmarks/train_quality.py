@@ -2,7 +2,8 @@
 
 All three see the same packed rows in the same order with the same learning rates (linear warm-up, then constant, so
 that a point of a curve does not depend on when its run was to end), without MTP. Ours and the dense one train through
-the parts of `recipes/pretrain.py`; the library's class under `Trainer` with `bf16=True` and its defaults otherwise.
+the parts of `recipes/pretrain.py`; the library's class under `Trainer` with `bf16=True` and its defaults otherwise,
+torch's fused AdamW included. Changed model fields change the mixture, and with it its dense twin.
 The clock runs from the first step on (compilation included) and stands still during evaluations.
 """
 
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.train_cases import OURS_ONLY, ROOT, synchronize
 from benchmarks.train_losses import curve_figure, markov_rows
 from benchmarks.train_recipe import write_packed_rows
+from recipes.pretrain_config import apply_dotted
 
 RUNS = ("ours", "library", "dense")
 KEPT = ("sequence_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "adam_beta1",
@@ -65,16 +67,28 @@ class QualityClock(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def quality_settings(job, data, output):
-    """Settings of the recipe from the job's config file, for a run that its clock ends."""
+def given_settings(job):
+    """(the job's config file with the changes of job["recipe"] to model_config, the other arguments of job["recipe"]):
+    a dense twin is made of the model as it is meant, not changed after it."""
     given = yaml.safe_load(Path(ROOT / job["config"]).read_text())
-    fields = {key: value for key, value in given["model_config"].items() if key not in OURS_ONLY} | job["fields"]
+    given["model_config"] |= job["fields"]
+    left = apply_dotted(given, list(job.get("recipe", [])))
+    if "--model_config" in left:
+        raise ValueError("--recipe.model_config: change single fields, e.g. --recipe.model_config.hidden_size 256; the "
+                         f"others are those of {job['config']}")
+    return given, left
+
+
+def quality_settings(job, data, output):
+    """(settings of the recipe, for a run that its clock ends; arguments of `recipes/pretrain.py` to lay over them)."""
+    given, left = given_settings(job)
+    fields = {key: value for key, value in given["model_config"].items() if key not in OURS_ONLY}
     balance = {key: given["model_config"][key] for key in OURS_ONLY[2:] if key in given["model_config"]}
     if job["run"] == "dense":
         fields, balance = dense_twin(fields), {}
     elif job["run"] == "library":
-        balance = {}
-    return {
+        balance, left = {}, [*left, "--optimizer", "torch"]  # what Trainer takes; ours keeps copies for our layers
+    settings = {
         **{key: given[key] for key in KEPT if key in given}, "output_dir": str(output), "dataset_name": str(data),
         "model_config": fields | balance | {"num_nextn_predict_layers": 0, "mtp_loss_coef": 0.0},
         "max_steps": 1_000_000, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": job["warmup"],
@@ -82,6 +96,7 @@ def quality_settings(job, data, output):
         "sample_prompts": [], "report_to": "none", "disable_tqdm": True, "use_cpu": job["device"] == "cpu",
         "max_validation_tokens": job["validation_tokens"],
     }  # fmt: skip
+    return settings, left
 
 
 def library_trainer(args, tokenizer):
@@ -121,8 +136,7 @@ def library_trainer(args, tokenizer):
 
 def synthetic_data(folder, job):
     """A packed Markov stream: a token counts as a byte, so bits per byte are bits per token."""
-    settings = yaml.safe_load(Path(ROOT / job["config"]).read_text())
-    vocabulary = (settings["model_config"] | job["fields"])["vocab_size"]
+    vocabulary = given_settings(job)[0]["model_config"]["vocab_size"]
     rows = markov_rows(vocabulary, 600, 128, job["seed"]).numpy()
     write_packed_rows(folder, vocabulary, 128, {"train": rows[:560], "validation": rows[560:]})
     return folder
@@ -139,8 +153,9 @@ def measure_quality(job):
         folder = Path(folder)
         data = job.get("dataset") or synthetic_data(folder / "data", job)
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(quality_settings(job, data, folder / "run")))
-        args = parse_config(PretrainConfig, ["--config", str(path), *job.get("recipe", [])])
+        settings, left = quality_settings(job, data, folder / "run")
+        path.write_text(yaml.safe_dump(settings))
+        args = parse_config(PretrainConfig, ["--config", str(path), *left])
         set_seed(args.seed)
         tokenizer = load_tokenizer(args)
         if job["run"] == "library":
