@@ -217,11 +217,12 @@ def test_lines_tables_and_deadline(tmp_path, monkeypatch, capsys):
 
 def test_a_process_that_dies_leaves_what_it_had_found(monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text("""#!/bin/sh\necho '{"variant": "bare-fp32", "rows": 4}'\necho broken >&2\nexit 3\n""")
+    said = """'{"variant": "bare-fp32", "rows": 4}'"""
+    python.write_text(f"#!/bin/sh\necho {said}\necho on $CUDA_VISIBLE_DEVICES >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(bench_train.sys, "executable", str(python))
-    line = bench_train.start_process({"variant": "bare-fp32"}, timeout=60)
-    assert line == {"variant": "bare-fp32", "rows": 4, "error": "exit code 3: broken"}
+    line = bench_train.start_process({"variant": "bare-fp32"}, timeout=60, card="7")
+    assert line == {"variant": "bare-fp32", "rows": 4, "error": "exit code 3: on 7"}
 
 
 def test_a_variant_without_a_bare_step_is_refused():
