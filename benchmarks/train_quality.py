@@ -8,6 +8,7 @@ The clock runs from the first step on (compilation included) and stands still du
 """
 
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -40,11 +41,12 @@ def dense_twin(fields):
 class QualityClock(TrainerCallback):
     """Training seconds without evaluations, and (seconds, step, tokens, bits per byte) of each evaluation.
 
-    Ends the run when `minutes` of training are over or `target` is reached, with an evaluation.
+    Ends the run when `minutes` of training are over or `target` is reached, with an evaluation. `evaluated(points)` is
+    called after each.
     """
 
-    def __init__(self, device, tokens_per_step, minutes, target=None):
-        self.device, self.tokens_per_step = device, tokens_per_step
+    def __init__(self, device, tokens_per_step, minutes, target=None, evaluated=lambda points: None):
+        self.device, self.tokens_per_step, self.evaluated = device, tokens_per_step, evaluated
         self.limit, self.target = 60 * minutes, target
         self.seconds, self.started, self.points = 0.0, None, []
 
@@ -64,6 +66,7 @@ class QualityClock(TrainerCallback):
         self.points.append((round(self.seconds, 2), state.global_step, state.global_step * self.tokens_per_step, found))
         if self.target is not None and found <= self.target:
             control.should_training_stop = True
+        self.evaluated(self.points)
         self.started = time.perf_counter()
 
 
@@ -142,13 +145,14 @@ def synthetic_data(folder, job):
     return folder
 
 
-def measure_quality(job):
-    """One line: the curve of one of the three runs."""
+def measure_quality(job, say=print):
+    """One line: the curve of one of the three runs. Said at each evaluation, so that a process that dies leaves it."""
     from recipes.model_loading import build_model, load_tokenizer
     from recipes.pretrain import build_trainer
     from recipes.pretrain_config import PretrainConfig, parse_config
     from recipes.sizing import count_parameters
 
+    output = sys.stdout
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         folder = Path(folder)
         data = job.get("dataset") or synthetic_data(folder / "data", job)
@@ -162,16 +166,25 @@ def measure_quality(job):
             trainer = library_trainer(args, tokenizer)
         else:
             trainer = build_trainer(args, build_model(args, tokenizer), tokenizer)
-        clock = QualityClock(job["device"], args.tokens_per_step, job["minutes"], job.get("target"))
+        counts = count_parameters(trainer.model.config)
+
+        def evaluated(points):
+            line = {"variant": job["variant"], **quality_line(job, counts, points)}
+            say(json.dumps(line), file=output, flush=True)
+
+        clock = QualityClock(job["device"], args.tokens_per_step, job["minutes"], job.get("target"), evaluated)
         trainer.add_callback(clock)
         trainer.train()
-        counts = count_parameters(trainer.model.config)
-    seconds, steps, tokens, _ = clock.points[-1]
+    return quality_line(job, counts, clock.points)
+
+
+def quality_line(job, counts, points):
+    seconds, steps, tokens, _ = points[-1]
     return {
         "run": job["run"], "data": job.get("dataset") or "Markov stream", "parameters": counts.total,
         "active_parameters": counts.active, "minutes": round(seconds / 60, 3), "steps": steps, "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds), "best_bits_per_byte": round(min(p[3] for p in clock.points), 4),
-        "settings": job.get("recipe", []), "points": clock.points,
+        "tokens_per_second": round(tokens / seconds), "best_bits_per_byte": round(min(p[3] for p in points), 4),
+        "settings": job.get("recipe", []), "points": points,
     }  # fmt: skip
 
 

@@ -186,12 +186,14 @@ def test_minutes_to_a_target():
 
 
 def test_one_run_of_quality(tmp_path):
-    found = train_quality.measure_quality(job(
+    said = []
+    found = train_quality.measure_quality(say=lambda text, **_: said.append(json.loads(text)), job=job(
         "quality-library", run="library", config="recipes/configs/pretrain_tiny.yaml", minutes=0.02, target=None,
         eval_steps=1000, validation_tokens=512,
         recipe=["--per_device_train_batch_size", "2", "--sequence_length", "32"],
     ))  # fmt: skip
     (seconds, steps, tokens, value), = found["points"]
+    assert said == [json.loads(json.dumps({"variant": "quality-library", **found}))]  # what a process that dies leaves
     assert 1.2 <= seconds < 4 and tokens == steps * 64 and 0 < value < 8
 
 
