@@ -17,17 +17,21 @@ real. Steps are timed by CUDA events that nobody waits for; the figures are medi
 recipes/sizing.py.
 
 Prints a JSON line a variant and a table; --output writes the lines as well (and, with its suffix .svg, the curves of
---losses and --quality). An error is a result; after --deadline seconds no further variant starts.
+--losses and --quality). An error is a result; after --deadline seconds no further variant starts. --cards 0 1: on two
+cards at a time, one process each. --lines FILE ...: nothing runs, the mode's table is made of lines written before.
 On a CPU every mode takes toy sizes (--size), to try it out.
 """
 
 import argparse
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,7 +59,7 @@ from benchmarks.train_quality import (  # noqa: E402
     quality_table,
 )
 from benchmarks.train_recipe import measure_recipe, split_recipe_arguments  # noqa: E402
-from benchmarks.train_scaling import POINTS, measure_scaling, scaling_job, scaling_table  # noqa: E402
+from benchmarks.train_scaling import ORDER, measure_scaling, scaling_job, scaling_table  # noqa: E402
 
 __all__ = ["REFERENCE", "library_model", "our_model"]  # other benchmarks take them from here
 VARIANTS = (
@@ -93,10 +97,14 @@ def measure(job):
 # ---------------------------------------------------------------- jobs in turn
 
 
-def start_process(job, timeout):
-    """The last line that a fresh process prints for `job`; an error line where it printed none or died."""
+def start_process(job, timeout, card=None):
+    """The last line that a fresh process prints for `job`; an error line where it printed none or died.
+
+    card: the CUDA device that it sees, an entry of CUDA_VISIBLE_DEVICES; None: as this process.
+    """
     job = job | {"spawned": time.time()}
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as torchtitan is run
+    environment |= {} if card is None else {"CUDA_VISIBLE_DEVICES": card}
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
@@ -119,23 +127,41 @@ class Report:
     """Prints each line when it comes and keeps all of them in --output."""
 
     def __init__(self, output):
-        self.output, self.lines = output, []
+        self.output, self.lines, self.lock = output, [], threading.Lock()
 
     def add(self, line):
-        self.lines.append(line)
-        print(json.dumps(show(line)), flush=True)
-        if self.output:
-            Path(self.output).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        with self.lock:
+            self.lines.append(line)
+            print(json.dumps(show(line)), flush=True)
+            if self.output:
+                Path(self.output).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 def run_jobs(jobs, args, report):
-    """Each job in a process of its own, in turn, until the deadline has passed."""
-    begin = time.time()
-    for job in jobs:
-        if time.time() - begin > args.deadline:
-            report.add({"variant": job["variant"], "error": f"not started: {args.deadline:.0f} s had passed"})
-        else:
-            report.add(start_process(job, args.timeout))
+    """Each job in a process of its own, in turn on each card, until the deadline has passed."""
+    begin, cards, free = time.time(), args.cards or [None], queue.SimpleQueue()
+    for card in cards:
+        free.put(card)
+
+    def run(job):
+        card = free.get()
+        try:
+            if time.time() - begin > args.deadline:
+                line = {"variant": job["variant"], "error": f"not started: {args.deadline:.0f} s had passed"}
+            else:
+                line = start_process(job, args.timeout, card)
+        finally:
+            free.put(card)
+        report.add(line)
+
+    with ThreadPoolExecutor(len(cards)) as pool:
+        list(pool.map(run, jobs))  # as a list: what one raises is raised here
+
+
+def read_lines(paths, mode):
+    """The lines of jobs in files that --output wrote, without the summaries of `mode`."""
+    lines = [json.loads(text) for path in paths for text in Path(path).read_text().splitlines()]
+    return [line for line in lines if line["variant"] != mode]
 
 
 def make_jobs(args):
@@ -152,15 +178,15 @@ def make_jobs(args):
         limit = 4096 if args.device == "cuda" else 4 * base["batch"]
         return [base | {"variant": f"{who}-{args.weights}", "limit_rows": limit} for who in ("bare", "library")]
     if args.mode == "scaling":
-        points = {point: scaling_job(point, args.device) for point in POINTS}
-        return [base | job | {"variant": f"scaling-{args.weights}-{job['point']}"} for job in points.values()]
+        points = [scaling_job(point, args.device) for point in ORDER]
+        return [base | job | {"variant": f"scaling-{args.weights}-{job['point']}"} for job in points]
     if args.mode == "losses":
         return [base | {"variant": f"losses-{args.weights}-seed{seed}", "seed": seed, "learning_rate": 3e-4}
                 for seed in range(args.seeds)]  # fmt: skip
     small = {} if args.size == "reference" else fields  # without --size the config's own
     return [base | {"variant": f"quality-{run}", "run": run, "config": args.config, "minutes": args.minutes,
                     "target": args.target, "eval_steps": args.eval_steps, "validation_tokens": args.validation_tokens,
-                    "fields": small} for run in RUNS]  # fmt: skip
+                    "fields": small} for run in args.runs]  # fmt: skip
 
 
 # ---------------------------------------------------------------- tables
@@ -272,12 +298,15 @@ def parse(argv):
     parser.add_argument("--seeds", type=int, default=3, help="of --losses")
     parser.add_argument("--dataset", help="packed folder for --losses and --quality; default: a Markov stream")
     parser.add_argument("--config", help="of --quality (recipes/configs/pretrain_nano.yaml)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="of --quality")
     parser.add_argument("--minutes", type=float, default=10, help="longest run of --quality")
     parser.add_argument("--target", type=float, help="bits per byte that ends a run of --quality (default: none)")
     parser.add_argument("--eval_steps", type=int, default=100, help="evaluate every so many steps of --quality")
     parser.add_argument("--validation_tokens", type=int, help="held-out tokens of an evaluation; default: all")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which none is started")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one process")
+    parser.add_argument("--cards", nargs="+", help="CUDA devices, a process each at a time; default: one after another")
+    parser.add_argument("--lines", nargs="+", help="files of an earlier --output: their table instead of a run")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the plain --device cpu")
     parser.add_argument("--output", help="file for the JSON lines")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -293,7 +322,9 @@ def with_defaults(args, parser):
         parser.error(f"--recipe.* changes settings of recipes/pretrain.py, which --{args.mode} does not run")
     if args.mode == "quality" and args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} must be positive")
-    args.plain_cpu = cpu and args.mode == "speed" and not args.variants and not args.job
+    if args.cards and cpu:
+        parser.error(f"--cards {' '.join(args.cards)} names CUDA devices, --device is cpu; leave it out")
+    args.plain_cpu = cpu and args.mode == "speed" and not (args.variants or args.job or args.lines)
     args.variants = args.variants or (VARIANTS if args.mode == "speed" else ("bare-bf16", "bare-fp32"))
     args.size = args.size or ("toy" if cpu else "shallow" if args.mode == "losses" else "reference")
     args.steps = args.steps or {"losses": 200, "scaling": 6}.get(args.mode, 20)
@@ -311,7 +342,11 @@ def main(argv=None):
     if args.plain_cpu:
         return compare_on_cpu(args.steps, args.threads)
     report = Report(args.output)
-    run_jobs(make_jobs(args), args, report)
+    if args.lines:
+        for line in read_lines(args.lines, args.mode):
+            report.add(line)
+    else:
+        run_jobs(make_jobs(args), args, report)
     conclude(args, report)
     return report.lines
 

@@ -2,11 +2,13 @@
 
 All three see the same packed rows in the same order with the same learning rates (linear warm-up, then constant, so
 that a point of a curve does not depend on when its run was to end), without MTP. Ours and the dense one train through
-the parts of `recipes/pretrain.py`; the library's class under `Trainer` with `bf16=True` and its defaults otherwise.
+the parts of `recipes/pretrain.py`; the library's class under `Trainer` with `bf16=True` and its defaults otherwise,
+torch's fused AdamW included. Changed model fields change the mixture, and with it its dense twin.
 The clock runs from the first step on (compilation included) and stands still during evaluations.
 """
 
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.train_cases import OURS_ONLY, ROOT, synchronize
 from benchmarks.train_losses import curve_figure, markov_rows
 from benchmarks.train_recipe import write_packed_rows
+from recipes.pretrain_config import apply_dotted
 
 RUNS = ("ours", "library", "dense")
 KEPT = ("sequence_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "adam_beta1",
@@ -38,11 +41,12 @@ def dense_twin(fields):
 class QualityClock(TrainerCallback):
     """Training seconds without evaluations, and (seconds, step, tokens, bits per byte) of each evaluation.
 
-    Ends the run when `minutes` of training are over or `target` is reached, with an evaluation.
+    Ends the run when `minutes` of training are over or `target` is reached, with an evaluation. `evaluated(points)` is
+    called after each.
     """
 
-    def __init__(self, device, tokens_per_step, minutes, target=None):
-        self.device, self.tokens_per_step = device, tokens_per_step
+    def __init__(self, device, tokens_per_step, minutes, target=None, evaluated=lambda points: None):
+        self.device, self.tokens_per_step, self.evaluated = device, tokens_per_step, evaluated
         self.limit, self.target = 60 * minutes, target
         self.seconds, self.started, self.points = 0.0, None, []
 
@@ -62,19 +66,32 @@ class QualityClock(TrainerCallback):
         self.points.append((round(self.seconds, 2), state.global_step, state.global_step * self.tokens_per_step, found))
         if self.target is not None and found <= self.target:
             control.should_training_stop = True
+        self.evaluated(self.points)
         self.started = time.perf_counter()
 
 
-def quality_settings(job, data, output):
-    """Settings of the recipe from the job's config file, for a run that its clock ends."""
+def given_settings(job):
+    """(the job's config file with the changes of job["recipe"] to model_config, the other arguments of job["recipe"]):
+    a dense twin is made of the model as it is meant, not changed after it."""
     given = yaml.safe_load(Path(ROOT / job["config"]).read_text())
-    fields = {key: value for key, value in given["model_config"].items() if key not in OURS_ONLY} | job["fields"]
+    given["model_config"] |= job["fields"]
+    left = apply_dotted(given, list(job.get("recipe", [])))
+    if "--model_config" in left:
+        raise ValueError("--recipe.model_config: change single fields, e.g. --recipe.model_config.hidden_size 256; the "
+                         f"others are those of {job['config']}")
+    return given, left
+
+
+def quality_settings(job, data, output):
+    """(settings of the recipe, for a run that its clock ends; arguments of `recipes/pretrain.py` to lay over them)."""
+    given, left = given_settings(job)
+    fields = {key: value for key, value in given["model_config"].items() if key not in OURS_ONLY}
     balance = {key: given["model_config"][key] for key in OURS_ONLY[2:] if key in given["model_config"]}
     if job["run"] == "dense":
         fields, balance = dense_twin(fields), {}
     elif job["run"] == "library":
-        balance = {}
-    return {
+        balance, left = {}, [*left, "--optimizer", "torch"]  # what Trainer takes; ours keeps copies for our layers
+    settings = {
         **{key: given[key] for key in KEPT if key in given}, "output_dir": str(output), "dataset_name": str(data),
         "model_config": fields | balance | {"num_nextn_predict_layers": 0, "mtp_loss_coef": 0.0},
         "max_steps": 1_000_000, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": job["warmup"],
@@ -82,6 +99,7 @@ def quality_settings(job, data, output):
         "sample_prompts": [], "report_to": "none", "disable_tqdm": True, "use_cpu": job["device"] == "cpu",
         "max_validation_tokens": job["validation_tokens"],
     }  # fmt: skip
+    return settings, left
 
 
 def library_trainer(args, tokenizer):
@@ -121,42 +139,52 @@ def library_trainer(args, tokenizer):
 
 def synthetic_data(folder, job):
     """A packed Markov stream: a token counts as a byte, so bits per byte are bits per token."""
-    settings = yaml.safe_load(Path(ROOT / job["config"]).read_text())
-    vocabulary = (settings["model_config"] | job["fields"])["vocab_size"]
+    vocabulary = given_settings(job)[0]["model_config"]["vocab_size"]
     rows = markov_rows(vocabulary, 600, 128, job["seed"]).numpy()
     write_packed_rows(folder, vocabulary, 128, {"train": rows[:560], "validation": rows[560:]})
     return folder
 
 
-def measure_quality(job):
-    """One line: the curve of one of the three runs."""
+def measure_quality(job, say=print):
+    """One line: the curve of one of the three runs. Said at each evaluation, so that a process that dies leaves it."""
     from recipes.model_loading import build_model, load_tokenizer
     from recipes.pretrain import build_trainer
     from recipes.pretrain_config import PretrainConfig, parse_config
     from recipes.sizing import count_parameters
 
+    output = sys.stdout
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         folder = Path(folder)
         data = job.get("dataset") or synthetic_data(folder / "data", job)
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(quality_settings(job, data, folder / "run")))
-        args = parse_config(PretrainConfig, ["--config", str(path), *job.get("recipe", [])])
+        settings, left = quality_settings(job, data, folder / "run")
+        path.write_text(yaml.safe_dump(settings))
+        args = parse_config(PretrainConfig, ["--config", str(path), *left])
         set_seed(args.seed)
         tokenizer = load_tokenizer(args)
         if job["run"] == "library":
             trainer = library_trainer(args, tokenizer)
         else:
             trainer = build_trainer(args, build_model(args, tokenizer), tokenizer)
-        clock = QualityClock(job["device"], args.tokens_per_step, job["minutes"], job.get("target"))
+        counts = count_parameters(trainer.model.config)
+
+        def evaluated(points):
+            line = {"variant": job["variant"], **quality_line(job, counts, points)}
+            say(json.dumps(line), file=output, flush=True)
+
+        clock = QualityClock(job["device"], args.tokens_per_step, job["minutes"], job.get("target"), evaluated)
         trainer.add_callback(clock)
         trainer.train()
-        counts = count_parameters(trainer.model.config)
-    seconds, steps, tokens, _ = clock.points[-1]
+    return quality_line(job, counts, clock.points)
+
+
+def quality_line(job, counts, points):
+    seconds, steps, tokens, _ = points[-1]
     return {
         "run": job["run"], "data": job.get("dataset") or "Markov stream", "parameters": counts.total,
         "active_parameters": counts.active, "minutes": round(seconds / 60, 3), "steps": steps, "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds), "best_bits_per_byte": round(min(p[3] for p in clock.points), 4),
-        "settings": job.get("recipe", []), "points": clock.points,
+        "tokens_per_second": round(tokens / seconds), "best_bits_per_byte": round(min(p[3] for p in points), 4),
+        "settings": job.get("recipe", []), "points": points,
     }  # fmt: skip
 
 

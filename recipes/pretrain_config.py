@@ -227,7 +227,7 @@ def _read_yaml(path):
     return values
 
 
-def _apply_dotted(values, args):
+def apply_dotted(values, args):
     """Move `--model_config.hidden_size 64` from the command line into `values`; returns the other arguments.
 
     A whole group given as well (`--model_config '{}'`) is the start that the single values are laid over.
@@ -272,7 +272,7 @@ def parse_config(config_class, argv=None):
         path = taken.partition("=")[2] or args.pop(index)
         values, source = values | _read_yaml(path), path
     os.environ.update({name: str(value) for name, value in (values.pop("env", None) or {}).items()})
-    args = _apply_dotted(values, args)
+    args = apply_dotted(values, args)
     check_names(values, known, source)
     flags = set(parser._option_string_actions)
     given = [a.partition("=")[0] for a in args if a.startswith("--")]

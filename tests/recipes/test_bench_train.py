@@ -1,6 +1,7 @@
 """The benchmark of training: its arguments, its searches and comparisons, and its measurements at toy sizes."""
 
 import json
+import threading
 import warnings
 
 import pytest
@@ -141,6 +142,41 @@ def test_dense_twin_is_as_large_as_what_a_token_passes():
     assert abs(dense.active / mixture.active - 1) < 0.005
 
 
+def test_changed_fields_change_the_mixture_and_its_twin():
+    changes = ["--model_config.n_routed_experts", "8", "--learning_rate=0.5"]
+    found = {run: train_quality.quality_settings(job(
+        "quality-" + run, run=run, config="recipes/configs/pretrain_tiny.yaml", recipe=changes, eval_steps=1,
+        validation_tokens=None, fields={}), "data", "run") for run in train_quality.RUNS}  # fmt: skip
+    ours, dense = (found[run][0]["model_config"] for run in ("ours", "dense"))
+    assert ours["n_routed_experts"] == 8 and dense["n_routed_experts"] is None
+    mixture, twin = (count_parameters(train_cases.our_config(fields)) for fields in (ours, dense))
+    assert abs(twin.active / mixture.active - 1) < 0.01
+    assert found["dense"][1] == ["--learning_rate=0.5"]
+    assert found["library"][1] == ["--learning_rate=0.5", "--optimizer", "torch"]  # ours is no default of Trainer
+    with pytest.raises(ValueError, match="--recipe.model_config: change single fields"):
+        train_quality.given_settings(job("quality-ours", config="recipes/configs/pretrain_tiny.yaml",
+                                         recipe=["--model_config", "{}"]))  # fmt: skip
+
+
+def test_jobs_on_two_cards(monkeypatch, tmp_path):
+    together, seen = threading.Barrier(2, timeout=20), []
+
+    def start(job, timeout, card):
+        seen.append(card)
+        together.wait()  # never met by one job at a time
+        return {"variant": job["variant"], "run": job["run"], "points": [(60.0, 1, 1, 2.0)], "best_bits_per_byte": 2.0}
+
+    monkeypatch.setattr(bench_train, "start_process", start)
+    args = bench_train.parse(["--device", "cuda", "--quality", "--runs", "ours", "dense", "--cards", "0", "3"])
+    report = bench_train.Report(tmp_path / "lines.jsonl")
+    bench_train.run_jobs(bench_train.make_jobs(args), args, report)
+    assert sorted(seen) == ["0", "3"] and {line["run"] for line in report.lines} == {"ours", "dense"}
+    report.add(train_quality.compare_quality(report.lines))
+    assert bench_train.read_lines([report.output], "quality") == json.loads(json.dumps(report.lines[:2]))
+    with pytest.raises(SystemExit):
+        bench_train.parse([*CPU, "--quality", "--cards", "0"])
+
+
 def test_minutes_to_a_target():
     points = [(60.0, 10, 1, 3.0), (120.0, 20, 2, 2.0), (180.0, 30, 3, 2.5)]
     assert [train_quality.minutes_to(points, target) for target in (3.5, 2.5, 2.0, 1.9)] == [1.0, 1.5, 2.0, None]
@@ -150,17 +186,19 @@ def test_minutes_to_a_target():
 
 
 def test_one_run_of_quality(tmp_path):
-    found = train_quality.measure_quality(job(
+    said = []
+    found = train_quality.measure_quality(say=lambda text, **_: said.append(json.loads(text)), job=job(
         "quality-library", run="library", config="recipes/configs/pretrain_tiny.yaml", minutes=0.02, target=None,
         eval_steps=1000, validation_tokens=512,
         recipe=["--per_device_train_batch_size", "2", "--sequence_length", "32"],
     ))  # fmt: skip
     (seconds, steps, tokens, value), = found["points"]
+    assert said == [json.loads(json.dumps({"variant": "quality-library", **found}))]  # what a process that dies leaves
     assert 1.2 <= seconds < 4 and tokens == steps * 64 and 0 < value < 8
 
 
 def test_lines_tables_and_deadline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_train, "start_process", lambda job, timeout: bench_train.measure(job | {"spawned": 0.0}))
+    monkeypatch.setattr(bench_train, "start_process", lambda job, *_: bench_train.measure(job | {"spawned": 0.0}))
     path = tmp_path / "lines.jsonl"
     names = ["bare-fp32-clipped", "recipe-fp32", "library-fp32", "titan-fp32"]
     command = [*CPU, "--steps", "3", "--warmup", "2", "--recipe.max_grad_norm", "0.5", "--output", str(path)]
@@ -181,11 +219,12 @@ def test_lines_tables_and_deadline(tmp_path, monkeypatch, capsys):
 
 def test_a_process_that_dies_leaves_what_it_had_found(monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text("""#!/bin/sh\necho '{"variant": "bare-fp32", "rows": 4}'\necho broken >&2\nexit 3\n""")
+    said = """'{"variant": "bare-fp32", "rows": 4}'"""
+    python.write_text(f"#!/bin/sh\necho {said}\necho on $CUDA_VISIBLE_DEVICES >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(bench_train.sys, "executable", str(python))
-    line = bench_train.start_process({"variant": "bare-fp32"}, timeout=60)
-    assert line == {"variant": "bare-fp32", "rows": 4, "error": "exit code 3: broken"}
+    line = bench_train.start_process({"variant": "bare-fp32"}, timeout=60, card="7")
+    assert line == {"variant": "bare-fp32", "rows": 4, "error": "exit code 3: on 7"}
 
 
 def test_a_variant_without_a_bare_step_is_refused():
