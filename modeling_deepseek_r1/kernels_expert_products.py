@@ -25,7 +25,11 @@ try:
     from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as missing:
-    raise ImportError("the experts' own products need triton with ragged tensor descriptors (3.5 or newer)") from missing
+    raise ImportError("the experts' own products need triton 3.5 or newer, with ragged tensor descriptors") from missing
+
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LINE = tl.constexpr(128)  # bytes that a prefetch brings
 
 
 # ---- which rows a tile has -----------------------------------------------------------------------------------------
@@ -66,6 +70,32 @@ def _row_blocks(offsets, table, by_size, capacity, E: tl.constexpr, BLOCK_E: tl.
 def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The left and the right half of a tile's columns, which the same threads hold."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _sigmoid(x):
+    """By the units for 2^x and 1 / x alone: what rescales denormals costs as much as all the rest of SwiGLU."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }", "=f,f",
+        [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fetch_ahead(
+    source, place, end, start, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Brings columns start to start + BLOCK of rows `place` (before `end`) into the second-level cache."""
+    if not INTERPRETED:
+        step: tl.constexpr = LINE * 8 // source.dtype.element_ty.primitive_bitwidth
+        col = tl.minimum(start + tl.arange(0, BLOCK // step) * step, WIDTH - 1)
+        row = tl.minimum(place, end - 1).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [source + row[:, None] * STRIDE + col[None, :]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -121,7 +151,7 @@ def _gate_up_product(
         tl.store(gated + own * (2 * INNER) + INNER + cols[None, :], up, mask=mask)
         factor = tl.load(weights + tl.load(order + place, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)
         gate, up = gate.to(tl.float32), up.to(tl.float32)
-        tl.store(output + own * INNER + cols[None, :], gate * tl.sigmoid(gate) * up * factor[:, None], mask=mask)
+        tl.store(output + own * INNER + cols[None, :], gate * _sigmoid(gate) * up * factor[:, None], mask=mask)
 
 
 # ---- a plain product -----------------------------------------------------------------------------------------------
@@ -166,7 +196,7 @@ def _swiglu_gradient(
     gate = tl.load(gated + places, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gated + places + INNER, mask=mask, other=0.0).to(tl.float32)
     grad = grad.to(result.dtype.element_ty).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     total += tl.sum(tl.where(mask, grad * silu * up, 0.0), 1)
     scaled = grad * weight[:, None]
@@ -193,6 +223,8 @@ def _inner_gradient(
         valid = place < end
         if GATHER:
             source = grad + _token_rows(order, place, valid, K)[:, None] * D + depth[None, :]
+        _fetch_ahead(gated, place, end, start, INNER, 2 * INNER, BLOCK_N)
+        _fetch_ahead(gated + INNER, place, end, start, INNER, 2 * INNER, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             if GATHER:
