@@ -220,7 +220,7 @@ class _FusedExperts(torch.autograd.Function):
 
 
 def _routed_rows(hidden, top_k_weights, order, back, offsets, gate_up, down, keeps):
-    """-> what each pair's expert gives times its gate value (N, D); if it `keeps` it, what `_routed_gradients` reads."""
+    """-> what each pair's expert gives times its gate value (N, D), and if it `keeps` any what its backward reads."""
     run = _functions(hidden.device)
     rows = run.gather_rows(hidden, back, offsets, order.numel(), gate_up.dtype)
     gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
