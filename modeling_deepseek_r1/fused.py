@@ -71,7 +71,7 @@ def runs_fused(*tensors):
 def set_expert_products(enabled):
     """Chooses our own grouped products for the training step of the routed experts (`kernels_expert_products`), which
     gather rows and apply SwiGLU themselves, or torch's. Returns what was set before: False by default. They serve bf16
-    on CUDA from Hopper on; the same numbers but for the order of sums."""
+    on Hopper, elsewhere torch's run; the same numbers but for the order of sums."""
     global _expert_products
     before, _expert_products = _expert_products, enabled
     return before

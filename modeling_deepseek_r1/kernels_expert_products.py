@@ -1,4 +1,4 @@
-"""The experts' matrix products with what surrounds them inside, in Triton, for GPUs with a tensor memory accelerator.
+"""The experts' matrix products with what surrounds them inside, in Triton, for Hopper.
 
 Rows are gathered where a product reads them, SwiGLU and the gate value are applied where gate and up come out, their
 gradients where the gradient of the gated product comes out. So of what `kernels_expert_rows` moves only the sum of the
@@ -315,7 +315,7 @@ class Tiles(NamedTuple):
     columns: int = 256
     depth: int = 64
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
     flatten: bool = True
     gather: bool = True
     programs_per_sm: int = 1
