@@ -99,11 +99,6 @@ def _fetch_ahead(
 
 
 @triton.jit
-def _token_rows(order, place, valid, K: tl.constexpr):
-    return (tl.load(order + place, mask=valid, other=0) // K).to(tl.int64)
-
-
-@triton.jit
 def _dot(left, right, total, EXACT: tl.constexpr):
     """EXACT: the operands in fp32, not cut off to TF32."""
     if EXACT:
@@ -132,8 +127,10 @@ def _gate_up_product(
         expert, begin = tl.load(table + block), tl.load(table + capacity + block)
         place, end = begin + lane, tl.load(table + 2 * capacity + block)
         valid = place < end
+        pair = tl.load(order + place, mask=valid, other=0)
+        factor = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)  # early: it is there when it is needed
         if GATHER:
-            source = hidden + _token_rows(order, place, valid, K)[:, None] * D + depth[None, :]
+            source = hidden + (pair // K).to(tl.int64)[:, None] * D + depth[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             if GATHER:
@@ -149,7 +146,6 @@ def _gate_up_product(
         own = place.to(tl.int64)[:, None]
         tl.store(gated + own * (2 * INNER) + cols[None, :], gate, mask=mask)
         tl.store(gated + own * (2 * INNER) + INNER + cols[None, :], up, mask=mask)
-        factor = tl.load(weights + tl.load(order + place, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)
         gate, up = gate.to(tl.float32), up.to(tl.float32)
         tl.store(output + own * INNER + cols[None, :], gate * _sigmoid(gate) * up * factor[:, None], mask=mask)
 
@@ -221,8 +217,10 @@ def _inner_gradient(
         expert, begin = tl.load(table + block), tl.load(table + capacity + block)
         place, end = begin + lane, tl.load(table + 2 * capacity + block)
         valid = place < end
+        pair = tl.load(order + place, mask=valid, other=0)
+        factor = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)  # early: it is there when it is needed
         if GATHER:
-            source = grad + _token_rows(order, place, valid, K)[:, None] * D + depth[None, :]
+            source = grad + (pair // K).to(tl.int64)[:, None] * D + depth[None, :]
         _fetch_ahead(gated, place, end, start, INNER, 2 * INNER, BLOCK_N)
         _fetch_ahead(gated + INNER, place, end, start, INNER, 2 * INNER, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -233,7 +231,6 @@ def _inner_gradient(
             else:
                 left = rows.load([begin, k])
             total = _dot(left, tl.reshape(weight.load([expert, k, start]), (BLOCK_K, BLOCK_N)), total, EXACT)
-        factor = tl.load(weights + tl.load(order + place, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)
         own, part = place.to(tl.int64)[:, None], tl.zeros((BLOCK_M,), tl.float32)
         quarter: tl.constexpr = BLOCK_N // 4
         cols = start + tl.arange(0, quarter)
