@@ -5,7 +5,8 @@ compiled but these, so that the first step comes within seconds. Under `torch.co
 which the compiler fuses itself. On a CPU in fp32 the functions of `training_cpu` take their place. For comparison,
 `set_fused_kernels(False)`, or DEEPSEEK_R1_FUSED=0 in the environment, turns off both, and plain torch runs everywhere;
 `set_fused_kernels(True)` also runs the kernels in Triton's interpreter, on a CPU. `set_second_stream(True)` lets the
-shared experts run beside the routed ones.
+shared experts run beside the routed ones. `set_expert_products(True)`, or DEEPSEEK_R1_EXPERT_PRODUCTS=1, takes our own
+grouped products for the routed experts in place of torch's.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ except ImportError:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _enabled = None if os.environ.get("DEEPSEEK_R1_FUSED", "1") != "0" else False
+_expert_products = os.environ.get("DEEPSEEK_R1_EXPERT_PRODUCTS", "0") == "1"
 _second_stream, _streams = False, {}  # {device: its second stream}
 
 
@@ -64,6 +66,19 @@ def runs_fused(*tensors):
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and all(tensor.dtype in FLOATS and type(tensor) in _PLAIN for tensor in tensors)
     )
+
+
+def set_expert_products(enabled):
+    """Chooses our own grouped products for the training step of the routed experts (`kernels_expert_products`), which
+    gather rows and apply SwiGLU themselves, or torch's. Returns what was set before: False by default. They serve bf16
+    on Hopper, elsewhere torch's run; the same numbers but for the order of sums."""
+    global _expert_products
+    before, _expert_products = _expert_products, enabled
+    return before
+
+
+def expert_products_chosen():
+    return _expert_products
 
 
 def set_second_stream(enabled):

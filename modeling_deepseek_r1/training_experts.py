@@ -17,6 +17,7 @@ import transformers.integrations.moe  # noqa: F401  brings torch.ops.transformer
 from torch.autograd.function import once_differentiable
 
 from .fused import beside, join, kernels_run_on
+from .training_expert_products import routed_gradients, routed_rows, runs_own_products
 from .training_linear import gated_mlp_backward, gated_mlp_forward
 
 try:
@@ -180,13 +181,10 @@ class _FusedExperts(torch.autograd.Function):
             states = hidden.to(gate_up.dtype)
             with beside(hidden):
                 shared, mlp = gated_mlp_forward(states, *mlp, recompute)
-        rows = run.gather_rows(hidden, back, offsets, order.numel(), gate_up.dtype)
-        gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
-        inner = run.gate_rows(gated, top_k_weights, order, offsets)
-        ctx.save_for_backward(*inputs, *mlp, *(() if recompute else (rows, gated, inner)))
-        del rows, gated
-        rows = _grouped_product(inner, down.transpose(-2, -1), offsets)
-        del inner
+        ctx.own_products = runs_own_products(gate_up)
+        rows, saved = (routed_rows if ctx.own_products else _routed_rows)(*inputs, not recompute)
+        ctx.save_for_backward(*inputs, *mlp, *saved)
+        del saved
         if mlp:
             join(hidden)
         return run.sum_choices(rows, back, offsets, top_k_weights.shape[1], dtype, residual, shared)
@@ -209,8 +207,9 @@ class _FusedExperts(torch.autograd.Function):
             states = hidden.to(gate_up.dtype)
             with beside(hidden):
                 grad_states, *grads_mlp = gated_mlp_backward(narrow, states, mlp, ctx.recompute, needs[0], *needs[10:])
+        gradients = routed_gradients if ctx.own_products else _routed_gradients
         rows, grad_weights, *grads_experts = (
-            _routed_gradients(narrow, *inputs, saved, needs) if any(needs[:7]) else [None] * 4
+            gradients(narrow, *inputs, saved, needs) if any(needs[:7]) else [None] * 4
         )
         if mlp:
             join(hidden)
@@ -218,6 +217,17 @@ class _FusedExperts(torch.autograd.Function):
             add = _functions(hidden.device).sum_choices
             grad_hidden = add(rows, back, offsets, top_k_weights.shape[1], hidden.dtype, grad_states)
         return grad_hidden, grad_weights, None, None, None, *grads_experts, *added, None, *grads_mlp
+
+
+def _routed_rows(hidden, top_k_weights, order, back, offsets, gate_up, down, keeps):
+    """-> what each pair's expert gives times its gate value (N, D), and if it `keeps` any what its backward reads."""
+    run = _functions(hidden.device)
+    rows = run.gather_rows(hidden, back, offsets, order.numel(), gate_up.dtype)
+    gated = _grouped_product(rows, gate_up.transpose(-2, -1), offsets)
+    inner = run.gate_rows(gated, top_k_weights, order, offsets)
+    saved = (rows, gated, inner) if keeps else ()
+    del rows, gated
+    return _grouped_product(inner, down.transpose(-2, -1), offsets), saved
 
 
 def _routed_gradients(grad, hidden, top_k_weights, order, back, offsets, gate_up, down, saved, needs):

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from modeling_deepseek_r1 import training_blocks, training_experts, training_linear, training_routing
+from modeling_deepseek_r1.fused import set_expert_products
 
-from .kernel_tests import DEVICE, runs_elsewhere, runs_kernels
+from .kernel_tests import DEVICE, INTERPRETED, runs_elsewhere, runs_kernels
+from .test_expert_products import small_tiles
 
 FP32, BF16 = torch.float32, torch.bfloat16
 UNLIKELY = -(2**30)  # as an index or a count
@@ -91,6 +93,18 @@ def check_experts(tokens, experts, top_k, spread, recompute=False, width=40, inn
 ])  # fmt: skip
 def test_experts(tokens, spread, recompute, poison):
     check_experts(tokens, 6, 3, spread, recompute)
+
+
+@runs_kernels
+@pytest.mark.parametrize("gather", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_experts_by_our_own_products(monkeypatch, poison, gather):
+    if INTERPRETED:
+        small_tiles(monkeypatch, gather)
+    before = set_expert_products(True)
+    try:
+        check_experts(9, 4, 2, "foreign", dtype=FP32 if INTERPRETED else BF16)
+    finally:
+        set_expert_products(before)
 
 
 def check_router(rows, length, experts, top_k, recorded, scoring="sigmoid", norm_topk=True):
