@@ -35,6 +35,8 @@ class ParallelMixin:
         self._prepare_for_cut_rows()
         if self.shards(self.model):
             self._sharded_here = True
+            # Else every micro-batch but the last leaves its gradients whole on each process, in fp32.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             # What is left for accelerate is nothing: it must not look for layer classes, nor spread weights again.
             plugin = self.accelerator.state.fsdp_plugin
             plugin.auto_wrap_policy, plugin.cpu_ram_efficient_loading = None, False

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,9 +38,18 @@ class Gradients(TrainerCallback):
     """Keeps the whole gradients of the first step, which is not clipped; later ones are, hard."""
 
     def __init__(self, trainer):
-        self.trainer, self.found = trainer, {}
+        self.trainer, self.found, self.reduced = trainer, {}, set()
+
+    def _sharded(self):
+        parameters = self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters()
+        return {name for name, p in parameters if isinstance(p, DTensor) and p.grad is not None}
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.reduced = self._sharded()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._sharded_here:
+            assert self._sharded() == self.reduced, "gradients lie whole on each process between micro-batches"
         if state.global_step == 0:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             self.found = {name: whole_gradient(p) for name, p in model.named_parameters() if p.grad is not None}
