@@ -22,6 +22,7 @@ The plain paths (torch.compile, a CPU in fp32, the library's classes) save more 
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -80,9 +81,10 @@ def activation_bytes(config, tokens, width, residual, checkpointing=False):
     hidden = config.hidden_size
 
     def of_layers(selective):
+        of_kind = functools.cache(lambda sparse, stream: layer_bytes(config, sparse, width, stream, selective))
         # An MTP block's residual stream starts at a projection's output, so it has the compute dtype.
-        return [layer_bytes(config, sparse, width, residual if place < config.num_hidden_layers else width, selective)
-                for place, sparse in enumerate(kinds)]  # fmt: skip
+        own = config.num_hidden_layers
+        return [of_kind(sparse, residual if place < own else width) for place, sparse in enumerate(kinds)]
 
     per_layer = of_layers(False)
     ends = hidden * residual + 4 + depths * (hidden * (residual + 4 * width) + 12)
@@ -96,7 +98,8 @@ def activation_bytes(config, tokens, width, residual, checkpointing=False):
 
 def packed_weight_bytes(config, width, checkpointing=False):
     """The gate and up matrices that a gated MLP joins and keeps: 2 I D of every layer, or of one."""
-    sizes = [2 * _inner_width(config, sparse) * config.hidden_size for sparse in layer_kinds(config)]
+    of_kind = functools.cache(lambda sparse: 2 * _inner_width(config, sparse) * config.hidden_size)
+    sizes = [of_kind(sparse) for sparse in layer_kinds(config)]
     return width * (max(sizes) if checkpointing else sum(sizes))
 
 

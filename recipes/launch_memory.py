@@ -85,7 +85,7 @@ class Footprint:
         return self.peak <= device_bytes * USABLE_SHARE
 
 
-def _buffers(shape, layout, devices, work, tokens):
+def _buffers(shape, layout, devices, work, tokens, expert_ranks):
     config, checkpointing = shape.config, work.checkpointing
     packed = packed_weight_bytes(config, NARROW, checkpointing) // _tensor_shards(layout, devices)
     if layout.deepspeed:
@@ -100,7 +100,7 @@ def _buffers(shape, layout, devices, work, tokens):
         size = packed + NARROW * (3 * layer + 2 * shape.ends)
         if layout.name == "fsdp2_ep":
             size += 2 * tokens * (config.num_experts_per_tok or 0) * config.hidden_size * NARROW
-            size += NARROW * shape.experts // devices if work.masters and not checkpointing else 0
+            size += NARROW * shape.experts // expert_ranks if work.masters and not checkpointing else 0
         return size
     buckets = work.weight_bytes * shape.total if layout.name == "ddp" and devices > 1 else 0
     if not work.masters:
@@ -139,10 +139,23 @@ def _gradient_bytes(shape, layout, devices, work):
     return work.weight_bytes * shape.total
 
 
-def footprint(shape, layout, devices, work):
-    """The `Footprint` of one of `devices` devices under `layout`, with AdamW: two states of the weights' dtype."""
-    config = shape.config
-    shares = {part: 1 / devices if part in layout.sharded else 1.0 for part in ("weights", "gradients", "optimizer")}
+def _shares(shape, layout, devices, expert_ranks):
+    """{part: share of all weights that one device holds}."""
+    split = shape.experts / shape.total if layout.name == "fsdp2_ep" else 0.0
+    share = (1 - split) / devices + split / expert_ranks
+    return {part: share if part in layout.sharded else 1.0 for part in ("weights", "gradients", "optimizer")}
+
+
+def footprint(shape, layout, devices, work, expert_ranks=None):
+    """The `Footprint` of one of `devices` devices under `layout`, with AdamW: two states of the weights' dtype.
+
+    `expert_ranks`: under fsdp2_ep, the devices that hold each expert once (`expert_parallel_size`); None: all.
+    """
+    config, expert_ranks = shape.config, expert_ranks or devices
+    if devices % expert_ranks or (expert_ranks != devices and layout.name != "fsdp2_ep"):
+        raise ValueError(f"expert_ranks={expert_ranks} must divide the {devices} devices of {layout.name}, and is for "
+                         "fsdp2_ep alone; leave it out elsewhere")  # fmt: skip
+    shares = _shares(shape, layout, devices, expert_ranks)
     width = work.weight_bytes
     parts = {
         "parameters": width * shape.total * shares["weights"],
@@ -161,12 +174,12 @@ def footprint(shape, layout, devices, work):
         parts = dict.fromkeys(parts, 0)
     tokens = work.rows * work.length // (layout.group or 1)
     shards = _tensor_shards(layout, devices)
+    experts_here = 1 / expert_ranks if layout.name == "fsdp2_ep" else 1
     parts |= {
-        "buffers": _buffers(shape, layout, devices, work, tokens),
+        "buffers": _buffers(shape, layout, devices, work, tokens, expert_ranks),
         "activations": _activations(shape, layout, devices, work, tokens),
         "logits": loss_bytes(config, tokens, NARROW),
-        "backward of a layer": backward_bytes(config, tokens, NARROW, 1 / devices if layout.name == "fsdp2_ep" else 1)
-        // shards,
+        "backward of a layer": backward_bytes(config, tokens, NARROW, experts_here) // shards,
     }
     parts = {name: int(size) for name, size in parts.items()}
     return Footprint(parts, _peak(parts, work.accumulates), int(host))
