@@ -5,8 +5,8 @@ compiled but these, so that the first step comes within seconds. Under `torch.co
 which the compiler fuses itself. On a CPU in fp32 the functions of `training_cpu` take their place. For comparison,
 `set_fused_kernels(False)`, or DEEPSEEK_R1_FUSED=0 in the environment, turns off both, and plain torch runs everywhere;
 `set_fused_kernels(True)` also runs the kernels in Triton's interpreter, on a CPU. `set_second_stream(True)` lets the
-shared experts run beside the routed ones. `set_expert_products(True)`, or DEEPSEEK_R1_EXPERT_PRODUCTS=1, takes our own
-grouped products for the routed experts in place of torch's.
+shared experts run beside the routed ones. `set_expert_products(False)`, or DEEPSEEK_R1_EXPERT_PRODUCTS=0, takes torch's
+grouped products for the routed experts on Hopper too, where our own are the default.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ except ImportError:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _enabled = None if os.environ.get("DEEPSEEK_R1_FUSED", "1") != "0" else False
-_expert_products = os.environ.get("DEEPSEEK_R1_EXPERT_PRODUCTS", "0") == "1"
+_expert_products = {"0": False, "1": True}.get(os.environ.get("DEEPSEEK_R1_EXPERT_PRODUCTS"))
 _second_stream, _streams = False, {}  # {device: its second stream}
 
 
@@ -70,15 +70,15 @@ def runs_fused(*tensors):
 
 def set_expert_products(enabled):
     """Chooses our own grouped products for the training step of the routed experts (`kernels_expert_products`), which
-    gather rows and apply SwiGLU themselves, or torch's. Returns what was set before: False by default. They serve bf16
-    on Hopper, elsewhere torch's run; the same numbers but for the order of sums."""
+    apply SwiGLU themselves, or torch's. Returns what was set before: None by default, which is True but in the
+    interpreter. Ours serve bf16 on Hopper, elsewhere torch's run; the same numbers but for the order of sums."""
     global _expert_products
     before, _expert_products = _expert_products, enabled
     return before
 
 
-def expert_products_chosen():
-    return _expert_products
+def expert_products_chosen(device):
+    return device.type == "cuda" if _expert_products is None else _expert_products
 
 
 def set_second_stream(enabled):

@@ -25,7 +25,7 @@ except ImportError:  # no triton: torch's products serve
 def runs_own_products(weight):
     """Whether these kernels are chosen and serve experts with such weights: bf16 on Hopper, for whose memory the tiles
     are cut; anything in the interpreter."""
-    if schedule is None or not expert_products_chosen() or not kernels_run_on(weight.device):
+    if schedule is None or not expert_products_chosen(weight.device) or not kernels_run_on(weight.device):
         return False
     return not weight.is_cuda or (
         weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] == 9

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from modeling_deepseek_r1.fused import set_expert_products
+from modeling_deepseek_r1.fused import expert_products_chosen, set_expert_products
 from modeling_deepseek_r1.training_experts import fused_experts, sort_pairs
 from tests.modeling import test_training_experts as cases
 
@@ -174,7 +174,11 @@ def test_frozen_inputs(monkeypatch, chosen):
             assert torch.equal(mine, full[k])
 
 
-def test_torchs_products_are_the_default():
+def test_our_products_are_the_default_on_a_gpu():
     before = set_expert_products(True)
-    assert before is (os.environ.get("DEEPSEEK_R1_EXPERT_PRODUCTS") == "1")
+    assert before is {"0": False, "1": True}.get(os.environ.get("DEEPSEEK_R1_EXPERT_PRODUCTS"))
+    if before is None:
+        set_expert_products(None)
+        assert expert_products_chosen(torch.device("cuda")) and not expert_products_chosen(torch.device("cpu"))
+        set_expert_products(True)
     assert set_expert_products(before) is True
