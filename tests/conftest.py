@@ -1,5 +1,6 @@
 """Settings every test shares: no network, two threads (or OMP_NUM_THREADS), a fixed seed."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 @pytest.fixture(autouse=True)
 def fixed_seed():
     set_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_collected():
+    """Each run of a trainer ends in a full garbage collection: without this it goes through every imported module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
