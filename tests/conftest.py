@@ -27,18 +27,16 @@ def imports_are_not_collected():
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def interpreted(request):
+def run_interpreted(request, fixture, marks):
     """A function that takes a test file and fails unless all its tests passed in Triton's interpreter, none skipped.
 
-    They run in a process with TRITON_INTERPRET=1: one for all files of the session that ask for this fixture, because
-    the imports take longer than the tests. Left out are tests marked `gpu` and those named *_in_the_interpreter, which
-    only ask.
+    They run in a process with TRITON_INTERPRET=1: one for all files of the session that ask for `fixture`, because the
+    imports take longer than the tests. Left out are tests named *_in_the_interpreter, which only ask.
     """
     pytest.importorskip("triton")
     root = request.config.rootpath
-    files = sorted({str(item.path) for item in request.session.items if "interpreted" in item.fixturenames})
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
+    files = sorted({str(item.path) for item in request.session.items if fixture in item.fixturenames})
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marks,
                "-k", "not in_the_interpreter", *files]  # fmt: skip
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -50,3 +48,15 @@ def interpreted(request):
         assert lines and not wrong, "\n".join(wrong) + run.stdout[-6000:] + run.stderr[-2000:]
 
     return check
+
+
+@pytest.fixture(scope="session")
+def interpreted(request):
+    """`run_interpreted` of the tests marked neither `gpu` nor `slow`."""
+    return run_interpreted(request, "interpreted", "not slow and not gpu")
+
+
+@pytest.fixture(scope="session")
+def interpreted_slow(request):
+    """`run_interpreted` of the slow tests."""
+    return run_interpreted(request, "interpreted_slow", "slow and not gpu")

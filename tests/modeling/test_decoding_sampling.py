@@ -1,6 +1,6 @@
 """Tokens chosen on the device against the library's processors, and the kernels against their torch twins.
 
-Tests named `test_kernel_*` run natively on a GPU; elsewhere `test_kernels_experts.py` runs them in the interpreter.
+On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
 import os
@@ -24,6 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernels = pytest.mark.skipif(
     kernels.triton is None or not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter"
 )
+runs_elsewhere = pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
 if INTERPRETED or torch.cuda.is_available():
     import triton
     import triton.language as tl
@@ -352,6 +353,17 @@ def small_blocks(monkeypatch):
     if INTERPRETED:
         for name, value in (("BLOCK", 64), ("CANDIDATES", 64), ("STRIDE", 16), ("MANY_ROWS", 5)):
             monkeypatch.setattr(kernels, name, value)
+
+
+@runs_elsewhere
+def test_in_the_interpreter(interpreted):
+    interpreted(__file__)
+
+
+@runs_elsewhere
+@pytest.mark.slow
+def test_slow_ones_in_the_interpreter(interpreted_slow):
+    interpreted_slow(__file__)
 
 
 @needs_kernels

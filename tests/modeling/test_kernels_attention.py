@@ -1,13 +1,10 @@
 """Attention kernels of decoding against their torch twins, the twins against the module, the FP8 cache.
 
-Without a GPU the kernels run in Triton's interpreter, in one process of their own (the setting must precede the import
-of triton); with one, the same tests run natively.
+On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
 import functools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -42,8 +39,11 @@ if INTERPRETED:
         rounded = torch.tensor(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
         return TensorHandle(rounded.numpy(), triton_language.float8e4nv)
 
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain_dot(self, widened(a), widened(b), *rest)
-    InterpreterBuilder.create_fp_to_fp = rounding_cast
+    @pytest.fixture(autouse=True)
+    def numbers_of_the_card(monkeypatch):
+        dot = lambda self, a, b, *rest: plain_dot(self, widened(a), widened(b), *rest)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", rounding_cast)
 
 # H, nope, v, r, R; lengths before the step; steps; fp8. Sizes that fit no block, and those of the FP8 cache.
 CASES = [
@@ -116,13 +116,9 @@ class Step:
         return latent.to(self.dtype).transpose(0, 1)[..., : self.rank], rope.to(self.dtype)
 
 
-def test_kernels_in_the_interpreter():
-    if DEVICE == "cuda" or INTERPRETED:
-        pytest.skip("the kernels run in this process")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", "-k", "kernel", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+def test_in_the_interpreter(interpreted):
+    interpreted(__file__)
 
 
 @runs_kernels

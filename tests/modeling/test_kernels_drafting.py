@@ -1,11 +1,9 @@
 """The kernels around the layers of a step, and the step with drafts that is made of them, against torch.
 
-On a GPU they run natively, without one in Triton's interpreter, in one process of its own: see test_kernels_experts.py.
+On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,13 +25,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["not slow", "slow"])
-def test_in_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k",
-               "not in_the_interpreter", __file__]  # fmt: skip
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
+def test_in_the_interpreter(interpreted):
+    interpreted(__file__)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+@pytest.mark.slow
+def test_slow_ones_in_the_interpreter(interpreted_slow):
+    interpreted_slow(__file__)
 
 
 def random(*shape, dtype=FP32):

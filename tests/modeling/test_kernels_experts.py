@@ -1,13 +1,10 @@
 """The linear, router and expert kernels of fast decoding against their torch twins and the modules they stand for.
 
-On a GPU the kernels run natively. Without one they run in Triton's interpreter, which must be asked for before Triton
-is imported: `test_in_the_interpreter` runs this file and the sampling kernels' tests once more in a process of its own,
-where no test is skipped. The interpreter takes a millisecond for ten tensor operations: some cases are marked slow.
+On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py), which
+takes a millisecond for ten tensor operations: some cases are marked slow.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,20 +23,18 @@ if DEVICE == "cuda" or INTERPRETED:
     from modeling_deepseek_r1 import kernels_experts, kernels_linear, kernels_routing
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
 slow = pytest.mark.slow
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=slow)])
-def test_in_the_interpreter(which):
-    files = [__file__, os.path.join(os.path.dirname(__file__), "test_decoding_sampling.py")]  # one start for both
-    chosen = "test_kernel_ or test_kernels_experts and not in_the_interpreter and not few_tokens"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k", chosen, *files]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
+def test_in_the_interpreter(interpreted):
+    interpreted(__file__)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
+@slow
+def test_slow_ones_in_the_interpreter(interpreted_slow):
+    interpreted_slow(__file__)
 
 
 def in_dots(dtype, tokens):
