@@ -34,6 +34,7 @@ from modeling_deepseek_r1.expert_parallel_state import (
 from modeling_deepseek_r1.fused import set_fused_kernels
 from modeling_deepseek_r1.moe import DeepSeekR1MoE
 from tests.modeling.helpers import VOCAB, close, tiny_config, tiny_model
+from tests.recipes.processes import run_ranks
 
 ROWS, LENGTH = 2, 6  # a process
 
@@ -439,19 +440,23 @@ def work(rank, world, folder, checks):
     dist.destroy_process_group()
 
 
+def run_checks(world, folder, checks):
+    run_ranks(world, lambda rank: work(rank, world, str(folder), checks), folder)
+
+
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(work, (2, str(tmp_path), TWO), nprocs=2)
+    run_checks(2, tmp_path, TWO)
 
 
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path):
     checks = [check_refusals, check_uneven_loads, check_grouped, check_checkpoints, check_replicas, check_ddp]
-    mp.spawn(work, (4, str(tmp_path), checks), nprocs=4)
+    run_checks(4, tmp_path, checks)
 
 
 @pytest.mark.slow
 def test_two_processes_with_the_kernels(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which is read where triton is imported: no forks
     mp.spawn(work, (2, str(tmp_path), [check_kernels]), nprocs=2)
 
 

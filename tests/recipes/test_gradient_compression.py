@@ -26,6 +26,7 @@ from recipes.gradient_compression import (
     dequantise,
     quantise,
 )
+from tests.recipes.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, RESUMED, SPLIT = 40, 12, 7
@@ -128,7 +129,6 @@ def train_with_trainer(folder, resume=None, **changes):
 
 def worker(folder):
     rank = int(os.environ["RANK"])
-    folder = Path(folder)
     whole = train_with_trainer(folder / "whole")
     timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     dist.barrier()
@@ -159,9 +159,7 @@ def start_two(module, *arguments):
 def found(tmp_path_factory):
     """Both ranks' results of `worker`."""
     folder = tmp_path_factory.mktemp("two")
-    processes = start_two("tests.recipes.test_gradient_compression", str(folder))
-    texts = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in texts)
+    run_ranks(2, lambda rank: worker(folder), folder)
     return [torch.load(folder / f"found-{rank}.pt") for rank in (0, 1)], folder
 
 
@@ -287,7 +285,3 @@ def test_another_number_of_processes_keeps_what_was_unsent(tmp_path):
 def test_settings_that_cannot_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Arguments(output_dir=str(tmp_path), use_cpu=True, **changes)
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1])

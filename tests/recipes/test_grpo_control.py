@@ -1,11 +1,5 @@
 """R1GRPOTrainer as a whole: learning, resuming, dynamic sampling, schedules, the reference, two ranks."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
@@ -15,6 +9,7 @@ from transformers import TrainerCallback
 
 from recipes.grpo_reference import REFERENCE_FILE
 from tests.recipes.plain_grpo import log_probs_of, mean_number, rows_of, value_of
+from tests.recipes.processes import run_ranks
 from tests.recipes.test_ppo_control import KillAfter, Killed, curve, weights
 from tests.recipes.tiny_grpo import build
 from tests.recipes.tiny_ppo import (
@@ -342,31 +337,13 @@ def run_scripted(output_dir, case, **changes):
             "reference": weights(trainer.accelerator.unwrap_model(trainer.ref_model)), "sample": found}, trainer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ranks(tmp_path_factory):
-    """Two processes over gloo, beside the other tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with (folder / "said.txt").open("w") as said:
-        process = subprocess.Popen([*launch, __file__, str(folder)], env=environment, stdout=said, stderr=said)
-    yield process, folder
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
-
-
-def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path, ranks):
-    """Against one process; one mini-batch is all of a rollout, whose rows are in another order then."""
-    process, folder = ranks
-    whole = {case: run_scripted(tmp_path, case, per_device_train_batch_size=16)[0] for case in CASES}
-    assert process.wait(timeout=120) == 0, (folder / "said.txt").read_text()[-3000:]
+def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
+    """Over gloo, against one process; one mini-batch is all of a rollout, whose rows are in another order then."""
+    run_ranks(2, lambda rank: as_a_rank(tmp_path), tmp_path)
+    whole = {case: run_scripted(tmp_path / "one", case, per_device_train_batch_size=16)[0] for case in CASES}
     first = weights(policy())
     for case, expected in whole.items():
-        found = torch.load(folder / f"two_ranks_{case}.pt", weights_only=False)
+        found = torch.load(tmp_path / f"two_ranks_{case}.pt", weights_only=False)
         assert found["ranks_equal"] and same_state(found["curricula"][0], found["curricula"][1])
         assert len(found["sample"]["completions"]) == 16 and found["sample"]["rewards"].shape == (4, 4, 2)
         assert len(expected["sample"]["completions"]) == 12
@@ -391,9 +368,4 @@ def as_a_rank(output_dir):
         torch.distributed.all_gather_object(states, trainer.curriculum.state_dict())
         if trainer.accelerator.is_main_process:
             result |= {"ranks_equal": torch.equal(both[0], both[1]), "curricula": states}
-            torch.save(result, Path(output_dir) / f"two_ranks_{case}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    as_a_rank(*sys.argv[1:])
+            torch.save(result, output_dir / f"two_ranks_{case}.pt")

@@ -1,10 +1,6 @@
 """PPOTrainer as a whole on a control problem: it learns, two ranks are one, a resumed run is the uninterrupted one."""
 
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ import modeling_deepseek_r1  # noqa: F401  (registers the model type)
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
 from recipes.value_head import KINDS
+from tests.recipes.processes import run_ranks
 from tests.recipes.tiny_ppo import one_thread  # noqa: F401
 from tests.recipes.tiny_run import SIZES
 
@@ -210,17 +207,10 @@ def run_scripted(start, output_dir, **changes):
 @pytest.mark.slow
 def test_two_ranks_equal_one_with_the_doubled_batch(start, tmp_path):
     """Over gloo, in micro-batches, against one process and one batch: biases equal, floats to the order of sums."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ranks = subprocess.Popen(
-        [*launch, __file__, str(start), str(tmp_path)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    run_ranks(2, lambda rank: as_a_rank(start, tmp_path), tmp_path)
     whole = {}
     for kind in KINDS:
         whole[kind], _ = run_scripted(start, tmp_path, per_device_train_batch_size=8, value_function=kind)
-    output, _ = ranks.communicate(timeout=120)
-    assert ranks.returncode == 0, output[-3000:]
     first = AutoModelForCausalLM.from_pretrained(start).state_dict()
     for kind, expected in whole.items():
         found = torch.load(tmp_path / f"two_ranks_{kind}.pt")
@@ -246,8 +236,4 @@ def as_a_rank(start, output_dir):
         both = trainer.accelerator.gather(flat[None])
         if trainer.accelerator.is_main_process:
             result["ranks_equal"] = torch.equal(both[0], both[1])
-            torch.save(result, Path(output_dir) / f"two_ranks_{kind}.pt")
-
-
-if __name__ == "__main__":
-    as_a_rank(*sys.argv[1:])
+            torch.save(result, output_dir / f"two_ranks_{kind}.pt")
