@@ -3,7 +3,6 @@
 On a GPU the kernels run as they are, elsewhere in Triton's interpreter (see `interpreted` in tests/conftest.py).
 """
 
-import pytest
 import torch
 
 from modeling_deepseek_r1.fused import set_fused_kernels
@@ -38,9 +37,8 @@ def test_kernel_gated_mlp_keeps_its_inputs_only():
 
 
 @runs_kernels
-@pytest.mark.parametrize("mode", MODES)
-def test_kernel_step_is_the_same_to_the_bit(mode):
-    """bf16 compute on fp32 weights; the bias moves between the passes."""
+def test_kernel_step_is_the_same_to_the_bit():
+    """In every mode. bf16 compute on fp32 weights; the bias moves between the passes."""
     set_fused_kernels(True)
     # The interpreter takes milliseconds a row of a layer.
     sizes = {} if DEVICE == "cuda" else {"num_hidden_layers": 2}
@@ -49,7 +47,7 @@ def test_kernel_step_is_the_same_to_the_bit(mode):
     biases = [router.e_score_correction_bias for router in model.routers.values()]
     values = [bias.clone() for bias in biases]
     results = []
-    for arguments in ({"mode": "none"}, MODES[mode]):
+    for arguments in ({"mode": "none"}, *MODES.values()):
         model.set_activation_checkpointing(**arguments)
         for bias, value in zip(biases, values):
             bias.copy_(value)
@@ -57,7 +55,9 @@ def test_kernel_step_is_the_same_to_the_bit(mode):
         with torch.autocast(DEVICE, torch.bfloat16):
             assert model.model.layers[1].mlp.experts.runs_fused(ids.float())
             results.append(step(model, ids, lambda: [bias.neg_() for bias in biases]))
-    assert torch.equal(results[0][0], results[1][0])
-    for name, gradient in results[0][1].items():
-        assert torch.equal(results[1][1][name], gradient), name
-    assert all(torch.equal(counts, results[1][2][layer]) for layer, counts in results[0][2].items())
+    loss, whole, loads = results[0]
+    for mode, (again, gradients, counts) in zip(MODES, results[1:], strict=True):
+        assert torch.equal(again, loss), mode
+        for name, gradient in whole.items():
+            assert torch.equal(gradients[name], gradient), (mode, name)
+        assert all(torch.equal(counts[layer], load) for layer, load in loads.items()), mode

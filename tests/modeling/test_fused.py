@@ -110,16 +110,16 @@ def test_copies_kept_by_the_optimizer_change_no_number():
 
 
 @runs_kernels
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing_and_counts_once(reentrant):
+def test_checkpointing_changes_nothing_and_counts_once():
     model, ids = model_and_ids("plain")
-    whole = step(model, True, False, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    again = step(model, True, False, ids)
-    torch.testing.assert_close(again[0], whole[0])
-    for name in whole[1]:
-        torch.testing.assert_close(again[1][name], whole[1][name], rtol=1e-4, atol=1e-6, msg=name)
-    assert all(torch.equal(a, b) for a, b in zip(again[2], whole[2]))
+    whole = step(model, True, False, ids[:1])
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        again = step(model, True, False, ids[:1])
+        torch.testing.assert_close(again[0], whole[0])
+        for name in whole[1]:
+            torch.testing.assert_close(again[1][name], whole[1][name], rtol=1e-4, atol=1e-6, msg=f"{name}, {reentrant}")
+        assert all(torch.equal(a, b) for a, b in zip(again[2], whole[2]))
 
 
 @runs_kernels

@@ -1,7 +1,6 @@
 """recipes/pretrain.py from end to end: from nothing, from our weights, from deepseek_v3 weights."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from data_scripts.train_tokenizer import train_tokenizer
 from recipes import pretrain
+from tests.recipes.processes import run_ranks
 from tests.recipes.tiny_run import SIZES
 
 SCRIPT = Path(pretrain.__file__)
@@ -167,22 +167,13 @@ def test_a_stream_with_more_workers_than_shards_says_so(texts, tmp_path):
 @pytest.mark.slow
 def test_processes_that_start_differently_are_refused(texts, tmp_path):
     """Rank 1 has another rate: both end before step 1, naming the field and both values."""
-    script = tmp_path / "start.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(SCRIPT.parents[1])!r})
-from recipes import pretrain
-try:
-    pretrain.main(sys.argv[1:] + ["--learning_rate", "1e-3" if os.environ["RANK"] == "1" else "2e-3"])
-except ValueError as error:
-    print("rank", os.environ["RANK"], error, flush=True)
-    sys.exit(3)
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += arguments(texts, tmp_path / "two", "--per_device_train_batch_size", "2")
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode != 0 and "learning_rate: 0.001 on rank 1, 0.002 on rank 0" in run.stdout, run.stderr[-2000:]
+    given = arguments(texts, tmp_path / "two", "--per_device_train_batch_size", "2")
+
+    def work(rank):
+        with pytest.raises(ValueError, match="learning_rate: 0.001 on rank 1, 0.002 on rank 0"):
+            pretrain.main([*given, "--learning_rate", "1e-3" if rank == 1 else "2e-3"])
+
+    run_ranks(2, work, tmp_path / "logs", {"ACCELERATE_USE_CPU": "true"})
     assert not (tmp_path / "two" / "metrics.jsonl").exists()
 
 
@@ -192,10 +183,8 @@ def test_two_processes_train_like_one(texts, tmp_path, streaming):
     """The same global batch: equal losses, load and bits per byte to fp32 rounding, documents kept apart."""
     more = ("--streaming", streaming, "--per_device_train_batch_size")
     pretrain.main(arguments(texts, tmp_path / "one", *more, "4"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += arguments(texts, tmp_path / "two", *more, "2")
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    given = arguments(texts, tmp_path / "two", *more, "2")
+    run_ranks(2, lambda rank: pretrain.main(given), tmp_path / "logs", {"ACCELERATE_USE_CPU": "true"})
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

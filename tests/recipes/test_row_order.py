@@ -1,10 +1,6 @@
 import collections
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from recipes.packed_rows import PackingCollator
 from recipes.row_order import PART, RowOrder, set_sampler_epoch
+from tests.recipes.processes import run_ranks
 from tests.recipes.tiny_run import LENGTH, RandomRows, tiny_trainer
 
 
@@ -165,23 +162,6 @@ def test_trainer_resumes_with_the_same_rows_and_keeps_a_curriculum(tmp_path, cur
         assert steps_of(rest.asked)[:5] == steps[4:]
 
 
-PROCESS = """
-import json, os, sys
-from pathlib import Path
-from tests.recipes.test_row_order import Recorded, stop_after
-from tests.recipes.tiny_run import tiny_trainer
-folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-for name, resume in (("ours", "false"), ("theirs", "true")):
-    rows = Recorded(False)
-    trainer = tiny_trainer(folder / name, train_dataset=rows, resume_from_checkpoint=resume,
-                           per_device_train_batch_size=1, gradient_accumulation_steps=2, **options)
-    if name == "ours":
-        stop_after(trainer, 4)
-    trainer.train()
-    (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(rows.asked))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_take_the_rows_of_one(tmp_path):
     """Real processes over gloo: four steps by two and the rest by one, and the other way about; two epochs."""
@@ -192,12 +172,18 @@ def test_two_processes_take_the_rows_of_one(tmp_path):
     trainer = tiny_trainer(tmp_path / "theirs", train_dataset=first, **options, **split)
     stop_after(trainer, 4)
     trainer.train()
-    (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
-    subprocess.run([*launch, str(tmp_path / "process.py"), str(tmp_path), json.dumps(options)], check=True, cwd=root,
-                   timeout=120, env=environment)
+
+    def work(rank):
+        for name, resume in (("ours", "false"), ("theirs", "true")):
+            rows = Recorded(False)
+            trainer = tiny_trainer(tmp_path / name, train_dataset=rows, resume_from_checkpoint=resume,
+                                   per_device_train_batch_size=1, gradient_accumulation_steps=2, **options)
+            if name == "ours":
+                stop_after(trainer, 4)
+            trainer.train()
+            (tmp_path / f"{name}-{rank}.json").write_text(json.dumps(rows.asked))
+
+    run_ranks(2, work, tmp_path / "logs", {"ACCELERATE_USE_CPU": "true"})
     tiny_trainer(tmp_path / "ours", train_dataset=rest, resume_from_checkpoint="true", **options, **split).train()
 
     def by_two(name, steps):

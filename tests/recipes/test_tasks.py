@@ -1,6 +1,7 @@
 """Every task's verifier on right, wrong, malformed, empty, huge and adversarial answers; the split; the dial."""
 
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import threading
 import zipfile
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -110,14 +112,20 @@ def test_difficulty_and_seed_change_the_problems(name):
     assert {p.metadata["difficulty"] for p in task.problems("train", size=10)} == set(task.levels)
 
 
+def digest():
+    rows = [problem.to_row() for task in TASKS.values() if task.generated for split in ("train", "test")
+            for problem in task.problems(split, 5, None, 5, repeat=True)]  # fmt: skip
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
 def test_problems_do_not_depend_on_the_process():
     """String hashes differ between processes; problems must not."""
-    code = ("import hashlib\nfrom recipes.tasks import TASKS\n"
-            "print(hashlib.sha256(repr([p.to_row() for t in TASKS.values() if t.generated for s in ('train', 'test')"
-            " for p in t.problems(s, 5, None, 5, repeat=True)]).encode()).hexdigest())")
-    runs = [subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
-                             stdout=subprocess.PIPE, text=True) for seed in ("1", "2")]
-    assert len({run.communicate()[0] for run in runs}) == 1 and all(run.returncode == 0 for run in runs)
+    code = "from tests.recipes.test_tasks import digest\nprint(hash('some text'), digest())"
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
+                         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    other_hash, found = run.stdout.split()
+    assert int(other_hash) != hash("some text") and found == digest()
 
 
 def test_train_and_test_are_disjoint():
