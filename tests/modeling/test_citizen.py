@@ -154,10 +154,8 @@ def test_accumulation_with_num_items_in_batch_equals_the_big_batch():
 def test_compiled_training_step_equals_eager(backend):
     """One whole graph, with MTP, balance losses and load counting."""
     torch._dynamo.reset()
-    model, ids = (
-        tiny_model(num_nextn_predict_layers=1, implementation="sdpa", seq_aux_loss_alpha=0.01),
-        random_ids(4, 16),
-    )
+    sizes = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}  # one layer of each kind
+    model, ids = tiny_model(**sizes, implementation="sdpa", seq_aux_loss_alpha=0.01), random_ids(4, 16)
     expected = step(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for _ in range(2):  # the second run uses what was compiled
@@ -172,7 +170,7 @@ def test_compiled_training_step_equals_eager(backend):
 @pytest.mark.slow
 def test_compiled_forward_equals_eager():
     torch._dynamo.reset()
-    model, ids = tiny_model(implementation="sdpa"), random_ids()
+    model, ids = tiny_model(num_hidden_layers=2, implementation="sdpa"), random_ids()
     with torch.no_grad():
         close(torch.compile(model, fullgraph=True)(ids).logits, model(ids).logits)
 

@@ -181,7 +181,7 @@ def test_fused_drafting_equals_drafting_in_torch(drafts, rows, monkeypatch):
     """The same tokens, and the same drafts at every step."""
     model = drafting_model(1, drafts, 0.12, num_hidden_layers=2).to(DEVICE)
     model.decoding.graphs = False
-    ids, mask, _ = padded(random_ids(rows, 6), "left", (2, 0))
+    ids, mask, _ = padded(random_ids(rows, 4), "left", (2, 0))
     ids, mask, original, steps = ids.to(DEVICE), mask.to(DEVICE), decoding_mtp.Drafting.__call__, []
 
     def recording(drafting, batch):
@@ -189,7 +189,7 @@ def test_fused_drafting_equals_drafting_in_torch(drafts, rows, monkeypatch):
         return original(drafting, batch)
 
     monkeypatch.setattr(decoding_mtp.Drafting, "__call__", recording)
-    options = {"attention_mask": mask, "max_new_tokens": 7, "pad_token_id": 0, "eos_token_id": None, **DRAFTS}
+    options = {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, **DRAFTS}
     tokens, statistics = model.generate(ids, **options), model.decoding_statistics
     fused, steps[:] = list(steps), []
     monkeypatch.setattr(decoding_mtp.FusedDrafting, "serves", lambda *_: False)

@@ -212,7 +212,7 @@ def test_mathematics_asks_for_work():
 
 
 def test_mathematics_that_never_ends_is_cut_in_any_thread():
-    worker, found = MathWorker(seconds=0.3), []
+    worker, found = MathWorker(seconds=1.0), []
     verify_mathematics("x+1", "1+x", worker)
     thread = threading.Thread(target=lambda: found.append(verify_mathematics("9^{9^{9^9}}+x", "3", worker)))
     thread.start()
