@@ -9,7 +9,8 @@ Cases are named <who>-<layout>-<weights>. ours: the parts that the recipes put t
 parallelism, AdamW that clips inside its update, the bias update); library: transformers' DeepseekV3 with grouped_mm
 experts, sdpa and torch's fused AdamW, without clipping, spread by its own DistributedConfig or torch's DDP. alone: one
 process a GPU, which knows nothing of the others; ddp; fsdp2; fsdp2_kept: its weights stay gathered until the backward;
-fsdp2_ep: FSDP2 with experts over all GPUs. bf16: bf16 weights and states; fp32: fp32 masters, bf16 compute. Rows are random tokens, others on each GPU; routing is real.
+fsdp2_ep: FSDP2 with experts over all GPUs. bf16: bf16 weights and states; fp32: fp32 masters, bf16 compute. Rows are
+random tokens, others on each GPU; routing is real.
 
 Prints a JSON line a case as soon as it is there, and a table: tokens/s of all GPUs together by the slowest process'
 median step, the share of as many GPUs alone, the largest peak of memory; host: what launching a step takes. An error
@@ -52,7 +53,8 @@ FURTHER = ("ours-fsdp2_kept-fp32", "ours-ddp-fp32", "ours-ddp_ep-bf16", "ours-fs
 COLUMNS = (
     ("tokens_per_second", "tokens/s", 9, ","), ("share_percent", "of alone %", 10, ".1f"),
     ("step_ms", "step ms", 8, ".1f"), ("step_ms_90", "90 %", 8, ".1f"), ("host_ms", "host ms", 8, ".1f"),
-    ("peak_gib", "peak GiB", 8, ".1f"), ("first_step_s", "1st step s", 10, ".1f"), ("seconds", "in all s", 8, ".0f"), ("loss", "loss", 7, ".3f"),
+    ("peak_gib", "peak GiB", 8, ".1f"), ("first_step_s", "1st step s", 10, ".1f"), ("seconds", "in all s", 8, ".0f"),
+    ("loss", "loss", 7, ".3f"),
 )  # fmt: skip
 
 

@@ -155,8 +155,8 @@ def judged(problem, opened, completions, rules):
     for sample, completion in enumerate(completions):
         reason, verdict = refusal(completion, opened, task, problem, rules)
         yield {"task": problem.task, "difficulty": problem.metadata["difficulty"], "key": problem.metadata["key"],
-               "prompt": problem.prompt, "sample": sample, "text": whole_text(completion.text, opened), "reason": reason,
-               "correct": verdict.correct, "answer": verdict.answer,
+               "prompt": problem.prompt, "sample": sample, "text": whole_text(completion.text, opened),
+               "reason": reason, "correct": verdict.correct, "answer": verdict.answer,
                "log_prob": round(completion.log_prob, 4),  # what the other rows of a batch change is smaller
                "tokens": len(completion.token_ids), "finished": completion.finished}
 

@@ -13,9 +13,10 @@ Source: GShard (arXiv:2006.16668), Sec. 3.2, without its capacity; a row once pe
 (arXiv:2412.19437), Sec. 3.2.2.
 
 Gradients. A process' experts receive those of all W losses, summed; other parameters those of their own process' loss.
-The loss of a step is the mean of the processes' losses, as under DDP: what experts receive is multiplied by 1 / W on its
-way to them, and by W on its way on, the others are averaged by DDP, FSDP or `reduce_dense_gradients`. Then all equal one process' gradients on
-the joined batch, if each loss is a mean over equally many tokens or, as in trainers, a sum over the joined number / W.
+The loss of a step is the mean of the processes' losses, as under DDP: gradients are multiplied by 1 / W on their way
+to the experts and by W on their way on, the others' are averaged by DDP, FSDP or `reduce_dense_gradients`. Then all
+equal one process' gradients on the joined batch, if each loss is a mean over equally many tokens or, as in trainers, a
+sum over the joined number / W.
 
 What transformers 5.23 has: `DistributedConfig(fsdp_size=W, ep_size=W)`, an all-to-all too, with equal gradients on
 different batches (measured on two processes). It serves where all weights are sharded by FSDP2 and are loaded by

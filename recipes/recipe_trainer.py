@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from recipes.checkpoints import CheckpointMixin
 from recipes.fsdp_setup import FsdpSetupMixin
+from recipes.garbage import collect_at_step, collecting_at_steps
 from recipes.hub_push import HubPushMixin
 from recipes.optimizers import OptimizerMixin
 from recipes.parallel_trainer import ParallelMixin
@@ -110,6 +111,10 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, Parallel
         """Matrices only. Norm weights have names that the library's patterns miss (enorm, hnorm)."""
         return [name for name, parameter in model.named_parameters() if len(whole_shape(parameter)) >= 2]
 
+    def train(self, *args, **kwargs):
+        with collecting_at_steps(self.args.gc_steps > 0):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.speed.add_tokens(self.count_tokens(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
@@ -126,6 +131,7 @@ class RecipeTrainerMixin(OptimizerMixin, HubPushMixin, CheckpointMixin, Parallel
         if self.state.global_step > self._step_counted:  # also called at the end of an epoch
             self.speed.step_done()
             self._step_counted = self.state.global_step
+            collect_at_step(self.state.global_step, self.args.gc_steps)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs, start_time=None):

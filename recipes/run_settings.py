@@ -42,7 +42,7 @@ class RunSettings:
     """Put before `transformers.TrainingArguments` (or a config of TRL's) in the list of bases.
 
     Raises:
-        ValueError: for an unknown `weights_dtype` or `activation_checkpointing`.
+        ValueError: for an unknown `weights_dtype` or `activation_checkpointing`, and a negative `gc_steps`.
     """
 
     weights_dtype: str = setting(
@@ -74,6 +74,9 @@ class RunSettings:
         None, "Largest weight file of a checkpoint, e.g. 2GB. Default: the library's."
     )
     timing_warmup_steps: int = setting(3, "First steps of a process that tokens/s and MFU leave out.")
+    gc_steps: int = setting(
+        50, "Collect Python's garbage at every so many steps, on all processes at once (0: when Python likes)."
+    )
     device_peak_tflops: float | None = setting(
         None, "Peak of one device for MFU. Default: by its name; CPU: measured."
     )
@@ -91,6 +94,8 @@ class RunSettings:
     def __post_init__(self):
         if self.weights_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"weights_dtype={self.weights_dtype!r} must be float32 or bfloat16")
+        if self.gc_steps < 0:
+            raise ValueError(f"gc_steps={self.gc_steps} must be 0 (when Python likes) or more steps")
         if self.weights_dtype == "bfloat16":
             self.bf16 = False  # nothing is left to cast
         if self.bf16 is None:

@@ -7,13 +7,18 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    set_seed,
+)
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 import modeling_deepseek_r1
 from data_scripts.train_tokenizer import train_tokenizer
-from recipes.rl_rewards import build_rewards
 from recipes.reward_functions import ModelReward, checked, score_ids
+from recipes.rl_rewards import build_rewards
 from tests.recipes.tiny_run import SIZES
 
 STATE = SimpleNamespace(global_step=7)
