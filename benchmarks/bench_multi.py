@@ -324,6 +324,7 @@ def parse(argv=None):
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one case")
     parser.add_argument("--deadline", type=float, default=240, help="seconds after which no case is started")
+    parser.add_argument("--collects", action="store_true", help="Python collects garbage when it likes, as by default")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kind of kernel")
     parser.add_argument("--output", help="file for the JSON lines")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -345,6 +346,7 @@ def make_jobs(args):
             "case": case, "who": who, "layout": layout, "weights": weights, "device": args.device, "fields": fields,
             "batch": args.batch or batch, "length": args.length or length, "steps": args.steps,
             "warmup": args.warmup, "gpus": args.gpus, "profile": args.profile,
+            "collects": args.collects,
         })  # fmt: skip
     return jobs
 

@@ -34,7 +34,8 @@ from recipes.sizing import DEVICE_PEAKS, GIB  # noqa: E402
 
 GLOBAL_ROWS = {"base": 512, "r1": 16_384}  # the comments in their YAML
 GPUS = tuple(2**power for power in range(3, 12))
-MEASURED = ()  # files of bench_multi.py that the constants are fitted to where none are given: not there yet
+# What the constants are fitted to where no files are given.
+MEASURED = (str(Path(__file__).resolve().parent / "results/2026-11-23_multi/multi.jsonl"),)
 NEARLY = 0.97  # of the quickest layout's throughput: the simpler one is recommended
 # PEERS.md: model FLOPs as a share of the GPU's dense bf16 peak. (what, our model, GPUs, MFU %)
 PUBLISHED = (

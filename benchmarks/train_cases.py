@@ -195,7 +195,7 @@ def time_steps(job, step, batches):
 
     clock = StepClock(job["device"])
     clock.mark()
-    with collecting_at_steps():  # as the recipes' trainers
+    with collecting_at_steps(not job.get("collects")):  # as the recipes' trainers
         for index in range(job["steps"]):
             step(batches[index % len(batches)])
             clock.mark()

@@ -39,9 +39,9 @@ def _inner_width(config, sparse):
     return config.moe_intermediate_size * (config.n_shared_experts or 0) if sparse else config.intermediate_size
 
 
-def layer_bytes(config, sparse, width, residual, selective=False):
+def layer_bytes(config, sparse, width, residual, selective=False, room=1):
     """Saved bytes of one decoder layer and one token; the table above. `selective`: without the inside of experts and
-    MLPs, which is made again."""
+    MLPs, which is made again. `room`: rows of experts that memory is taken for, in times of their mean."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     expanded = config.qk_nope_head_dim + config.v_head_dim
     latents = 2 * (config.q_lora_rank or 0) + 2 * config.kv_lora_rank + config.qk_rope_head_dim
@@ -51,7 +51,7 @@ def layer_bytes(config, sparse, width, residual, selective=False):
     total += 0 if selective else 2 * width * _inner_width(config, sparse)
     if sparse:
         choices = config.num_experts_per_tok
-        total += 0 if selective else choices * width * (hidden + 3 * config.moe_intermediate_size)
+        total += 0 if selective else room * choices * width * (hidden + 3 * config.moe_intermediate_size)
         total += 4 * config.n_routed_experts + 20 * choices
     return total
 
@@ -70,18 +70,18 @@ def trained_depths(config):
     return config.num_nextn_predict_layers if config.mtp_loss_coef else 0
 
 
-def activation_bytes(config, tokens, width, residual, checkpointing=False):
+def activation_bytes(config, tokens, width, residual, checkpointing=False, room=1):
     """Saved by all layers and final norms, in bytes.
 
     With checkpointing: every layer's input, and one whole layer, the one whose turn it is. "selective": every layer
-    without the inside of its experts and MLPs, and that of one layer.
+    without the inside of its experts and MLPs, and that of one layer. `room`: see `layer_bytes`.
     """
     kinds, depths = layer_kinds(config), trained_depths(config)
     kinds = kinds[: config.num_hidden_layers + depths]
     hidden = config.hidden_size
 
     def of_layers(selective):
-        of_kind = functools.cache(lambda sparse, stream: layer_bytes(config, sparse, width, stream, selective))
+        of_kind = functools.cache(lambda sparse, stream: layer_bytes(config, sparse, width, stream, selective, room))
         # An MTP block's residual stream starts at a projection's output, so it has the compute dtype.
         own = config.num_hidden_layers
         return [of_kind(sparse, residual if place < own else width) for place, sparse in enumerate(kinds)]
@@ -110,13 +110,13 @@ def loss_bytes(config, tokens, width):
     return chunk + (1 + trained_depths(config)) * (4 * vocabulary * hidden + tokens * hidden * width)
 
 
-def backward_bytes(config, tokens, width, experts=1):
+def backward_bytes(config, tokens, width, experts=1, room=1):
     """Beside what is saved, at the deepest point of a layer's backward: gradients of rows, of the gated product and of
-    gate and up, the product made again, and the layer's weight gradients. `experts`: share of the experts here."""
+    gate and up, the product made again, and the layer's weight gradients. `experts`: share of the experts here; `room`: see `layer_bytes`."""
     hidden, sparse = config.hidden_size, any(layer_kinds(config))
     rows, inner = tokens, _inner_width(config, sparse)
     if sparse:
-        rows, inner = tokens * config.num_experts_per_tok, config.moe_intermediate_size
+        rows, inner = room * tokens * config.num_experts_per_tok, config.moe_intermediate_size
     weights = 3 * hidden * inner * (experts * config.n_routed_experts if sparse else 1)
     return int(width * (rows * (hidden + 4 * inner) + weights))
 

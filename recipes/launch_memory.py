@@ -115,10 +115,16 @@ def _tensor_shards(layout, devices):
     return devices if layout.name == "tensor_parallel" else 1
 
 
-def _activations(shape, layout, devices, work, tokens):
+def _room(layout, expert_ranks):
+    """Rows of experts that memory is taken for, in times of their mean: two processes of pretraining that share the
+    experts take room for any routing, and wait for nothing (modeling_deepseek_r1/expert_parallel.py)."""
+    return 2 if layout.name == "fsdp2_ep" and expert_ranks == 2 else 1
+
+
+def _activations(shape, layout, devices, work, tokens, room):
     config = shape.config
     residual = 4 if work.masters and not (layout.gathers or layout.deepspeed) else NARROW
-    whole = activation_bytes(config, tokens, NARROW, residual, work.checkpointing)
+    whole = activation_bytes(config, tokens, NARROW, residual, work.checkpointing, room)
     if layout.name != "tensor_parallel":
         return whole
     # Residual sums and normed states are on every device, what lies between the matrices is cut.
@@ -174,12 +180,12 @@ def footprint(shape, layout, devices, work, expert_ranks=None):
         parts = dict.fromkeys(parts, 0)
     tokens = work.rows * work.length // (layout.group or 1)
     shards = _tensor_shards(layout, devices)
-    experts_here = 1 / expert_ranks if layout.name == "fsdp2_ep" else 1
+    experts_here, room = 1 / expert_ranks if layout.name == "fsdp2_ep" else 1, _room(layout, expert_ranks)
     parts |= {
         "buffers": _buffers(shape, layout, devices, work, tokens, expert_ranks),
-        "activations": _activations(shape, layout, devices, work, tokens),
+        "activations": _activations(shape, layout, devices, work, tokens, room),
         "logits": loss_bytes(config, tokens, NARROW),
-        "backward of a layer": backward_bytes(config, tokens, NARROW, experts_here) // shards,
+        "backward of a layer": backward_bytes(config, tokens, NARROW, experts_here, room) // shards,
     }
     parts = {name: int(size) for name, size in parts.items()}
     return Footprint(parts, _peak(parts, work.accumulates), int(host))

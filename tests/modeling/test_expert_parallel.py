@@ -414,8 +414,8 @@ def check_kernels(folder):
 TWO = [
     check_a_token_goes_once_to_a_process, check_refusals, check_uneven_loads, check_grouped, check_equal_rows,
     check_gradient_scale, check_eager_without_fused_functions, check_checkpointing, check_one_layer_under_checkpoint,
-    check_ddp, check_fsdp, check_shared_experts_overlap, check_bfloat16, check_frozen_parts, check_evaluation_and_generation,
-    check_checkpoints, check_copies,
+    check_ddp, check_fsdp, check_shared_experts_overlap, check_bfloat16, check_frozen_parts,
+    check_evaluation_and_generation, check_checkpoints, check_copies,
 ]  # fmt: skip
 
 
