@@ -1,9 +1,8 @@
 """The experts' matrix products with what surrounds them inside, in Triton, for Hopper.
 
-Rows are gathered where a product reads them, SwiGLU and the gate value are applied where gate and up come out, their
-gradients where the gradient of the gated product comes out. So of what `kernels_expert_rows` moves only the sum of the
-choices is left, and neither the gathered rows nor the gradient of the gated product are ever in memory. A table made on
-the device tells which rows a tile has; nothing waits for it.
+SwiGLU and the gate value are applied where gate and up come out, their gradients where the gradient of the gated
+product comes out, which so is never in memory. A product can gather its rows itself, too (`Tiles.gather`), and then
+these are not either. A table made on the device tells which rows a tile has; nothing waits for it.
 
 Numbers are those of `kernels_expert_rows` around torch's grouped matmul: sums in fp32 and in a fixed order, gate and up
 rounded to their dtype before SwiGLU, which the backward pass reads in that dtype.

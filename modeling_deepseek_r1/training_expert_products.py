@@ -1,7 +1,7 @@
 """The routed experts' products forward and backward by the kernels of `kernels_expert_products`.
 
-An alternative to torch's grouped matmul between the kernels of `kernels_expert_rows`, chosen by
-`fused.set_expert_products`. Names in shapes: see `kernels_expert_rows`.
+In place of torch's grouped matmul and what stands around it, on Hopper or as `fused.set_expert_products` says. Names in
+shapes: see `kernels_expert_rows`.
 """
 
 import torch
