@@ -112,7 +112,8 @@ def loss_bytes(config, tokens, width):
 
 def backward_bytes(config, tokens, width, experts=1, room=1):
     """Beside what is saved, at the deepest point of a layer's backward: gradients of rows, of the gated product and of
-    gate and up, the product made again, and the layer's weight gradients. `experts`: share of the experts here; `room`: see `layer_bytes`."""
+    gate and up, the product made again, and the layer's weight gradients. `experts`: share of the experts here; `room`:
+    see `layer_bytes`."""
     hidden, sparse = config.hidden_size, any(layer_kinds(config))
     rows, inner = tokens, _inner_width(config, sparse)
     if sparse:
