@@ -207,6 +207,12 @@ def measure(job):
     return figures
 
 
+def print_line(figures):
+    """In one write, so that those of two processes that fail together do not mix."""
+    sys.stdout.write(json.dumps(figures) + "\n")
+    sys.stdout.flush()
+
+
 def work(job):
     """What a process of a case's group does. Rank 0 prints the line, or the rank that fails."""
     if job["device"] == "cpu":
@@ -216,13 +222,12 @@ def work(job):
         figures = measure(job)
     except Exception as error:  # an out-of-memory, a peer's own trouble: the result of this case
         message = " ".join(str(error).split())[:500]
-        print(json.dumps(about | {"error": f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {message}"}),
-              flush=True)  # fmt: skip
+        print_line(about | {"error": f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {message}"})
         os._exit(1)  # the others may wait inside a collective: their launcher ends them
     if int(os.environ.get("RANK", "0")) == 0:
         if job["device"] == "cuda":
             about["device"] = torch.cuda.get_device_name()
-        print(json.dumps(about | figures), flush=True)
+        print_line(about | figures)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
