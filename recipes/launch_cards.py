@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # GiB that torch reports: RTX 4090, A100, H100, H200.
 CARDS = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.2, "141 GB": 139.8}
 MODELS = ("small", "base", "r1")
-SHOWN = ("one_gpu", "ddp", "fsdp2", "fsdp2_ep", "zero2", "zero3", "fsdp2_checkpointing")
+SHOWN = ("one_gpu", "ddp", "fsdp2_kept", "fsdp2", "fsdp2_ep", "zero2", "zero3", "fsdp2_checkpointing")
 MOST_DEVICES = 2048
 
 

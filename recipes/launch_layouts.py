@@ -16,7 +16,8 @@ CPU, ONE, SEVERAL = "cpu", "one", "several"
 
 @dataclass(frozen=True)
 class Layout:
-    """`sharded`: what lies spread over the devices (weights, gradients, optimizer). `group`: devices that share one
+    """`sharded`: what lies spread over the devices (weights, gradients, optimizer). `gathers`: layers of weights when
+    they are used; `keeps`: them until the backward. `group`: devices that share one
     micro-batch (0: all). `needs`: module and name in it without which the recipes cannot run the layout."""
 
     name: str
@@ -24,6 +25,7 @@ class Layout:
     devices: str = SEVERAL
     sharded: tuple = ()
     gathers: bool = False
+    keeps: bool = False
     offloads: bool = False
     group: int = 1
     nodes: tuple = (1, 1)
@@ -114,6 +116,7 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("cpu", "two processes on the CPU (gloo)", CPU),
     Layout("one_gpu", "one process, nothing shared", ONE),
     Layout("ddp", "every GPU holds all, gradients are averaged", nodes=(1, 0)),
+    Layout("fsdp2_kept", "as fsdp2, but layers stay gathered until their backward", sharded=WHOLE, gathers=True, keeps=True),
     Layout("fsdp2", "weights, gradients and states sharded, layers gathered when used", sharded=WHOLE, gathers=True),
     Layout("several_nodes", "fsdp2 over all GPUs of several nodes", sharded=WHOLE, gathers=True, nodes=(2, 0)),
     Layout("fsdp2_ep", "as fsdp2, but experts stay where they are and tokens travel", sharded=WHOLE, gathers=True,

@@ -97,7 +97,8 @@ def _buffers(shape, layout, devices, work, tokens, expert_ranks):
         return packed + NARROW * (live + buckets)
     if layout.gathers:
         layer = shape.largest_dense if layout.name == "fsdp2_ep" else shape.largest_layer
-        size = packed + NARROW * (3 * layer + 2 * shape.ends)
+        gathered = shape.total - shape.ends + layer if layout.keeps else 3 * layer
+        size = packed + NARROW * (gathered + 2 * shape.ends)
         if layout.name == "fsdp2_ep":
             size += 2 * tokens * (config.num_experts_per_tok or 0) * config.hidden_size * NARROW
             size += NARROW * shape.experts // expert_ranks if work.masters and not checkpointing else 0

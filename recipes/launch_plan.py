@@ -16,9 +16,9 @@ from recipes.sizing import GIB, USABLE_SHARE
 ENOUGH_TOKENS = 32_768
 # (layout, activation checkpointing), quickest first.
 PREFERENCE = (
-    ("one_gpu", False), ("ddp", False), ("fsdp2", False), ("several_nodes", False), ("fsdp2_ep", False),
-    ("one_gpu", True), ("ddp", True), ("fsdp2", True), ("several_nodes", True), ("fsdp2_ep", True),
-    ("zero2", False), ("zero3", False), ("zero2", True), ("zero3", True), ("tensor_parallel", True),
+    ("one_gpu", False), ("ddp", False), ("fsdp2_kept", False), ("fsdp2", False), ("several_nodes", False),
+    ("fsdp2_ep", False), ("one_gpu", True), ("ddp", True), ("fsdp2_kept", True), ("fsdp2", True),
+    ("several_nodes", True), ("fsdp2_ep", True), ("zero2", False), ("zero3", False), ("zero2", True), ("zero3", True), ("tensor_parallel", True),
     ("context_parallel", True), ("fsdp2_checkpointing", True),
 )  # fmt: skip
 

@@ -30,10 +30,13 @@ def test_accelerate_takes_the_file(path, monkeypatch):
         assert set(group) <= known
     args, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))
     name = path.stem
-    assert args.use_fsdp == (name in ("fsdp2", "fsdp2_checkpointing", "fsdp2_ep", "context_parallel", "several_nodes"))
+    assert args.use_fsdp == (name in ("fsdp2", "fsdp2_kept", "fsdp2_checkpointing", "fsdp2_ep", "context_parallel",
+                                       "several_nodes"))
     assert args.use_deepspeed == name.startswith("zero") == LAYOUTS[name].deepspeed
     assert args.mixed_precision == "no" and args.num_processes == config.num_processes
     if args.use_fsdp:
+        kept = args.fsdp_reshard_after_forward in ("false", False)
+        assert kept == LAYOUTS[name].keeps
         assert args.fsdp_version == 2 and args.fsdp_offload_params == LAYOUTS[name].offloads
     if name == "context_parallel":
         sizes = [getattr(args, f"parallelism_config_{part}_size") for part in ("dp_replicate", "dp_shard", "tp", "cp")]
