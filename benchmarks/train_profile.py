@@ -9,6 +9,7 @@ from benchmarks.train_cases import ROOT, BareStep, build_model, synchronize, tok
 
 # Our own kernels by the file that they are in; those that do something else there, by name.
 OWN_FILES = {
+    "modeling_deepseek_r1/kernels_expert_products.py": "grouped matmul",
     "modeling_deepseek_r1/kernels_expert_rows.py": "expert rows",
     "modeling_deepseek_r1/kernels_norms.py": "norms",
     "modeling_deepseek_r1/kernels_rotary.py": "rotary and layout of attention",
@@ -17,7 +18,8 @@ OWN_FILES = {
     "recipes/kernels_adamw.py": "optimizer",
 }
 OWN_NAMES = {"_rank_pairs": "router and sort", "_place_pairs": "router and sort", "_swiglu_kernel": "SwiGLU, dense",
-             "_swiglu_backward_kernel": "SwiGLU, dense"}  # fmt: skip
+             "_swiglu_backward_kernel": "SwiGLU, dense", "_row_blocks": "router and sort",
+             "_sum_parts": "expert rows"}  # fmt: skip
 # First match wins, so the order counts: a fused optimizer kernel is also elementwise, a grouped matmul also a GEMM.
 KINDS = (
     ("memset and memcpy", r"^memset|^memcpy|aten::_to_copy_h2d"),

@@ -272,7 +272,7 @@ def _run_rows(
 
 
 @triton.jit
-def _weight_gradient(
+def _experts_gradient(
     left, left_runs, right, right_runs, order, offsets, by_size, gradient,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -445,7 +445,7 @@ def weight_gradient(offsets, order, plan, top_k, left, right, name):
     gradient = left.new_empty(experts, down, across)
     runs = [create_ragged_descriptor(side, [tiles.depth, block])
             for side, block in ((left, tiles.rows), (right, tiles.columns))]  # fmt: skip
-    _weight_gradient[(experts * triton.cdiv(down, tiles.rows) * triton.cdiv(across, tiles.columns),)](
+    _experts_gradient[(experts * triton.cdiv(down, tiles.rows) * triton.cdiv(across, tiles.columns),)](
         left, runs[0], right, runs[1], order, offsets, plan.by_size, gradient,
         K=top_k, A=down, B=across, GATHER_LEFT=gathered[0], GATHER_RIGHT=gathered[1], EXACT=_exact(left),
         BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,

@@ -1,6 +1,7 @@
 """The benchmark of training: its arguments, its searches and comparisons, and its measurements at toy sizes."""
 
 import json
+import re
 import threading
 import warnings
 
@@ -53,6 +54,9 @@ def test_jobs_of_a_mode(mode, count):
         ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<at_cuda_detail::cub::Policy900>", "router and sort"),
         ("Memcpy DtoD (Device -> Device)", "memset and memcpy"),
         ("triton_red_fused__to_copy_mul_rsqrt_3", "fused by the compiler"),
+        ("_experts_gradient", "grouped matmul"),
+        ("_gate_up_product", "grouped matmul"),
+        ("_row_blocks", "router and sort"),
         ("something new", "other"),
     ],
 )  # fmt: skip
@@ -70,6 +74,13 @@ def test_own_kernels_are_found_in_their_files(monkeypatch, tmp_path):
     train_profile.own_kernels.cache_clear()
     assert train_profile.kind_of("_softmax_rows") == train_profile.kind_of("_gathered") == "norms"  # not by words in it
     train_profile.own_kernels.cache_clear()
+
+
+def test_own_kernels_of_two_files_have_two_names():
+    """A profile tells them by their names alone."""
+    texts = [(train_profile.ROOT / path).read_text() for path in train_profile.OWN_FILES]
+    launched = [name for text in texts for name in set(re.findall(r"^    (_\w+)\[", text, re.M))]
+    assert {"_experts_gradient", "_weight_gradient"} <= set(launched) and len(launched) == len(set(launched))
 
 
 def test_summary_of_a_profile():
