@@ -115,6 +115,7 @@ def plan_route(owners, group):
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # else the first call's mode would stay: autograd saves no inference tensors
 def _everywhere(tokens, size, device):
     """order, back and ends of a route on which every token goes to every process."""
     back = torch.arange(size * tokens, dtype=torch.int32, device=device).view(size, tokens)

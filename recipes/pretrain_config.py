@@ -84,8 +84,6 @@ class PretrainConfig(DistributedSettings, ParallelSettings, OptimizerSettings, R
         0.2, "Share of the device's peak that --dry_run assumes (transformers' own DeepseekV3, bf16, H100: 0.20)."
     )
 
-    equal_rows = True  # rows are packed to one length, and accelerate fills up the last batch
-
     def __post_init__(self):
         self.remove_unused_columns = False  # the collator needs the columns that the model does not
         super().__post_init__()
@@ -94,6 +92,11 @@ class PretrainConfig(DistributedSettings, ParallelSettings, OptimizerSettings, R
         self._check_numbers()
         self._check_length()
         self._check_schedule()
+
+    @property
+    def equal_rows(self):
+        """Rows are packed to one length, and a last batch that is not full is filled up, or left out."""
+        return self.accelerator_config.even_batches or self.dataloader_drop_last
 
     @property
     def tokens_per_step(self):

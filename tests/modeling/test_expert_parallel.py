@@ -148,7 +148,7 @@ def check_eager_without_fused_functions(folder):
 def check_checkpointing(folder):
     whole = whole_model()
     for reentrant in (False, True):
-        model = parallelise_experts(copy.deepcopy(whole)).train()
+        model = parallelise_experts(copy.deepcopy(whole), equal_rows=reentrant).train()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         joined, mine = batches()
@@ -156,7 +156,7 @@ def check_checkpointing(folder):
         close(step(model, mine), step(whole, joined, split=False))
         assert_same(model, whole)
     whole.zero_grad()
-    model = parallelise_experts(copy.deepcopy(whole))
+    model = parallelise_experts(copy.deepcopy(whole), equal_rows=True)
     model.set_activation_checkpointing("selective")
     close(step(model, mine), step(whole, joined, split=False))
     assert_same(model, whole)
@@ -269,7 +269,7 @@ def check_frozen_parts(folder):
         for name, parameter in whole.named_parameters():
             parameter.requires_grad_(("experts.gate_up" in name or "experts.down_proj" in name) is train_experts)
         whole.model.embed_tokens.weight.requires_grad_(not train_experts)
-        model = parallelise_experts(copy.deepcopy(whole))
+        model = parallelise_experts(copy.deepcopy(whole), equal_rows=train_experts)
         joined, mine = batches()
         step(model, mine), step(whole, joined, split=False)
         for parameter, (name, other) in zip(model.parameters(), whole.named_parameters()):
@@ -409,6 +409,14 @@ def check_kernels(folder):
     uneven_layer("grouped_mm", [6, 6], "random", torch.bfloat16, equal_rows=True)
     assert seen[-1] == (24, 24)  # room for all choices of both
     set_fused_kernels(before)
+
+
+def test_a_route_made_in_inference_serves_training():
+    """It is kept for all layers and steps."""
+    expert_parallel._everywhere.cache_clear()
+    with torch.inference_mode():
+        expert_parallel._everywhere(3, 2, torch.device("cpu"))
+    assert not any(part.is_inference() for part in expert_parallel._everywhere(3, 2, torch.device("cpu")))
 
 
 TWO = [

@@ -162,3 +162,10 @@ def test_a_group_and_its_single_values_come_together():
 def test_shares_of_max_steps():
     config = parse_config(PretrainConfig, [*TINY, "--max_steps", "100"])
     assert config.lr_scheduler_kwargs["num_decay_steps"] == 35 and config.get_warmup_steps(100) == 5
+
+
+def test_rows_are_equal_unless_a_last_batch_may_be_short():
+    """Else processes that share experts would exchange rows without asking how many come."""
+    uneven, kept = ["--accelerator_config", '{"even_batches": false}'], ["--dataloader_drop_last", "false"]
+    assert all(parse(*more).equal_rows for more in ([], uneven, kept))
+    assert not parse(*uneven, *kept).equal_rows
