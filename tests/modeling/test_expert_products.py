@@ -77,6 +77,7 @@ def test_schedule(monkeypatch, experts, tokens, top_k, spread, rows):
     (35, 4, 2, "ragged", True), (9, 4, 3, "foreign", False), (2, 3, 2, "only_foreign", True),
     (0, 4, 2, "random", True), pytest.param(41, 5, 1, "crowded", True, marks=slow),
     pytest.param(80, 3, 2, "random", True, marks=slow), pytest.param(33, 6, 3, "ragged", False, marks=slow),
+    pytest.param(40, 1, 1, "random", True, marks=slow),
     pytest.param(10, 9, 8, "foreign", True, marks=slow), pytest.param(1, 4, 2, "random", False, marks=slow),
 ])  # fmt: skip
 def test_step_equals_the_loop(monkeypatch, chosen, tokens, experts, top_k, spread, gather):
