@@ -317,7 +317,7 @@ class Tiles(NamedTuple):
     programs_per_sm: int = 1
 
 
-# The quickest of 36 on an H100 at the reference config. Gathering inside of the products costs more than it spares.
+# Of 36 on an H100 at the reference config those of the quickest whole. Gathering inside costs more than it spares.
 TILES = {
     "gate_up": Tiles(columns=128, warps=4, stages=3, flatten=False, gather=False, programs_per_sm=2),
     "down": Tiles(), "inner_gradient": Tiles(gather=False), "rows_gradient": Tiles(),
