@@ -1,7 +1,8 @@
 """Python's garbage collection at chosen steps of a run, the same on all processes.
 
 Left to itself it begins wherever enough objects have been made, elsewhere on each process, and all wait for the one
-that collects: on two GPUs 5 % of a step. What forks meanwhile, such as a data loader's worker, collects as usual.
+that collects: under DDP on two GPUs 4.5 % of a step on the slowest host, nothing that showed with split experts
+(benchmarks/LOG.md). What forks meanwhile, such as a data loader's worker, collects as usual.
 """
 
 import contextlib
