@@ -43,7 +43,7 @@ class RLRecipeSettings(ModelSettings, AdapterSettings, TaskSettings, RunSettings
     )
     validation_fraction: float = setting(0.02, "Share of the prompts held out where the data set has no test split.")
     max_eval_prompts: int = setting(64, "Held-out prompts that an evaluation during training takes at most.")
-    gc_steps: int = setting(1, "Collect Python's garbage at every so many steps (0: when Python likes); a rollout leaves much.")
+    gc_steps: int = setting(1, "Collect Python's garbage at every so many steps (0: when Python likes).")
     dataloader_drop_last: bool = setting(
         False, "Leave out held-out prompts that fill no batch; rollouts always take whole batches."
     )
